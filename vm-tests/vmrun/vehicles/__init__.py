@@ -1,0 +1,1 @@
+"""What carries a guest: each module boots a built kernel for a job, as a process of the host."""
