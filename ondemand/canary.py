@@ -45,7 +45,7 @@ def image(sizes: Sequence[int]) -> bytes:
     Args:
         sizes: Multiples of `BLOCK_SIZE` up to 2 GiB; at most 10 of them, for the image to be one block.
 
-    Source: fs/erofs/erofs_fs.h; the RAFS-independent part of what ``mkfs.erofs --blobdev`` writes.
+    Source: fs/erofs/erofs_fs.h.
     """
     if not 0 < len(sizes) <= 10 or any(not 0 < size <= 1 << 31 or size % BLOCK_SIZE for size in sizes):
         raise ValueError(f"files of {sizes} bytes")

@@ -213,7 +213,7 @@ class StoredBlob:
     @property
     def path(self) -> Path:
         """The data file."""
-        return self._store.directory / f"{self.name}.data"
+        return self._store.path(self.name)
 
     @property
     def fd(self) -> int:
@@ -353,6 +353,10 @@ class BlobStore:
         for left in directory.glob("*.new"):
             left.unlink(missing_ok=True)
 
+    def path(self, name: str) -> Path:
+        """The data file of the stored blob *name*."""
+        return self.directory / f"{name}.data"
+
     def names(self) -> list[str]:
         """Names of all stored blobs, open or not."""
         return sorted(path.name.removesuffix(".map") for path in self.directory.glob("*.map"))
@@ -440,8 +444,7 @@ class BlobStore:
         size = aligned(layout.size)
         fd = self._held.get(name)
         if fd is None:
-            path = self.directory / f"{name}.data"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         elif os.fstat(fd).st_size != size:
             chunk_map.close()  # spoilt while it was held: of no use to anybody
             return None
@@ -473,7 +476,7 @@ class BlobStore:
             os.ftruncate(fd, 0)
         else:
             try:
-                os.truncate(self.directory / f"{name}.data", 0)
+                os.truncate(self.path(name), 0)
             except FileNotFoundError:
                 pass  # nothing to destroy
         self._unlink(name, ".data")

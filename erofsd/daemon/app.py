@@ -118,8 +118,7 @@ class Worker:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 if self._engine is not None and self._guards is not None:
-                    for name, fd in self._inheritance.blobs.items():
-                        self._guards.adopt(name, fd)
+                    self._take_over(self._engine, self._guards)
                     group.create_task(self._engine.serve(provider), name="engine")
                 self._provider.on_complete = self._on_complete
                 group.create_task(self._provider.run(), name="fill")
@@ -146,6 +145,15 @@ class Worker:
         finally:
             self._table.close()
         return 0 if clean else 1
+
+    def _take_over(self, engine: FanotifyEngine, guards: Guards) -> None:
+        """Know, before the first event is answered, every file that it may be about."""
+        for name, fd in self._inheritance.blobs.items():
+            guards.adopt(name, fd)
+        for record in self._table.all():
+            for name in set(record.stored) - self._inheritance.blobs.keys():
+                # The keeper lets go after the mark is gone, and that goes when every byte is there.
+                engine.vouch(str(self._store.path(name)))
 
     def _spawn(self, work: Awaitable[None]) -> None:
         async def run() -> None:

@@ -86,7 +86,12 @@ class Guards:
         """Stop guarding *blob* if every byte that any mount may read is there for good."""
         if not blob.complete or blob.name not in self._guarded:
             return
-        await blob.flush()
+        try:
+            await blob.flush()
+        except OSError as exc:
+            # What was not durable is not complete any more: it goes on being guarded, and is fetched again.
+            log.error("blob.unflushed", blob_id=blob.name, error=str(exc))
+            return
         async with self._lock(blob.name):
             if blob.complete and not self._pins[blob.name] and blob.name in self._guarded:
                 await self._let_go(blob.name)

@@ -134,6 +134,11 @@ class FanotifyProtocol:
         if len(self._released) > RELEASED_MAX:
             del self._released[next(iter(self._released))]
 
+    def vouch(self, identity: Identity) -> None:
+        """All bytes of the file *identity* are there, though this process never guarded it."""
+        if identity not in self._by_identity:
+            self._released[identity] = None
+
     def guarded(self, key: ObjectKey) -> Guarded | None:
         """What is known of *key*, None if it is not guarded."""
         return self._by_key.get(key)

@@ -70,6 +70,15 @@ def test_an_event_of_a_file_that_was_just_completed_is_allowed(protocol: Fanotif
     protocol.guard(SECOND, IDENTITIES[SECOND], SIZE)
 
 
+def test_a_file_that_is_vouched_for_is_allowed_and_can_be_guarded_again() -> None:
+    fresh = FanotifyProtocol()
+    assert fresh.admit(event(3), Slot(0), IDENTITIES[FIRST]).refused
+    fresh.vouch(IDENTITIES[FIRST])
+    assert not fresh.admit(event(4), Slot(1), IDENTITIES[FIRST]).refused
+    fresh.guard(FIRST, IDENTITIES[FIRST], SIZE)
+    assert fresh.admit(event(5), Slot(2), IDENTITIES[FIRST]).needs
+
+
 def test_a_released_inode_number_may_come_back_as_another_file(protocol: FanotifyProtocol) -> None:
     protocol.unguard(FIRST)
     third = ObjectKey(b"third")
