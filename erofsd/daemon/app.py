@@ -104,7 +104,7 @@ class Worker:
             store=self._store,
             provider=self._provider,
             guards=guards,
-            why_not=inheritance.why_not,
+            why_not=inheritance.why_not.get("fanotify", ("", "")),
         )
         self._group: asyncio.TaskGroup
 
@@ -275,10 +275,8 @@ def run_worker(
     code = 1
     try:
         engine: FanotifyEngine | None = None
-        if inheritance.group is not None:
-            engine = FanotifyEngine(
-                inheritance.group, Journal(inheritance.journal), deadline_s=config.deadline
-            )
+        if (group := inheritance.engines.get("fanotify")) is not None:
+            engine = FanotifyEngine(group, Journal(inheritance.journal), deadline_s=config.deadline)
             inheritance.blobs = engine.recover(inheritance.blobs)
         code = uvloop.run(_run(config, inheritance, end, engine, only))
     except ErofsdError as exc:

@@ -32,7 +32,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -44,7 +44,7 @@ from erofsd.api import ErrorReply, MountRequest
 from erofsd.config import Config
 from erofsd.daemon import link
 from erofsd.errors import ErofsdError
-from ondemand.engines import fanotify
+from ondemand.engines import fanotify, probe
 from ondemand.errors import EngineUnavailable
 from ondemand.journal import Journal
 
@@ -60,7 +60,9 @@ class Inheritance:
     """Descriptors that outlive any one process; the numbers are the owner's own.
 
     Attributes:
-        group: The fanotify group; None where this kernel has none (``why_not`` says why).
+        engines: Name of each engine that works here to the descriptor that its requests come from:
+            fanotify's group, the cachefiles device.
+        why_not: Name of each other engine to reason and remedy.
         journal: memfd of the journal.
         listener: The API's listening Unix socket.
         lock: The lock on the state directory.
@@ -68,18 +70,17 @@ class Inheritance:
         served: True once a worker has served with these: what is mounted was guarded ever since.
     """
 
-    group: int | None
+    engines: dict[str, int]
+    why_not: dict[str, Sequence[str]]
     journal: int
     listener: int
     lock: int
     blobs: dict[str, int] = field(default_factory=dict)
-    why_not: Sequence[str] = ("", "")
     served: bool = False
 
     def descriptors(self) -> list[int]:
         """All of them."""
-        single = [self.journal, self.listener, self.lock, *self.blobs.values()]
-        return single if self.group is None else [self.group, *single]
+        return [self.journal, self.listener, self.lock, *self.engines.values(), *self.blobs.values()]
 
     def execute_keeper(self) -> NoReturn:
         """Become the keeper: execute this program anew with these descriptors.
@@ -134,13 +135,24 @@ def create(config: Config) -> Inheritance:
     listener = _listen(Path(config.socket))
     journal = os.memfd_create("erofsd-journal", os.MFD_CLOEXEC)
     Journal.create(journal)
-    group: int | None = None
-    why_not: Sequence[str] = ("", "")
-    try:
-        group = fanotify.open_group()
-    except EngineUnavailable as exc:
-        why_not = (exc.reason, exc.hint)
-    return Inheritance(group, journal, listener.detach(), lock, why_not=why_not)
+    inheritance = Inheritance({}, {}, journal, listener.detach(), lock)
+    for name, start in STARTERS.items():
+        try:
+            inheritance.engines[name] = start(state_dir)
+        except EngineUnavailable as exc:
+            inheritance.why_not[name] = (exc.reason, exc.hint)
+    return inheritance
+
+
+def _start_fanotify(state_dir: Path) -> int:
+    found = probe("fanotify", str(state_dir))
+    if not found.works:
+        raise EngineUnavailable(found.reason, found.hint)
+    return fanotify.open_group()
+
+
+STARTERS: dict[str, Callable[[Path], int]] = {"fanotify": _start_fanotify}
+"""What makes the descriptor of each engine, in the order in which ``auto`` prefers them."""
 
 
 def _hidden(path: Path) -> Path:
@@ -150,9 +162,9 @@ def _hidden(path: Path) -> Path:
 def _listen(path: Path) -> socket.socket:
     """A listening socket beside *path*, moved there once the worker can answer."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with socket.socket(socket.AF_UNIX) as probe:
+    with socket.socket(socket.AF_UNIX) as client:
         try:
-            probe.connect(str(path))
+            client.connect(str(path))
         except OSError as exc:
             if exc.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK):
                 raise ErofsdError(f"socket {path}: {exc.strerror}") from exc
