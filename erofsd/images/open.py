@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from typing import ParamSpec, Protocol, TypeVar
 
 from erofsd.backends.base import Backend
 from erofsd.backends.located import Located
 from erofsd.backends.measured import streaming
 from erofsd.blobs.layout import BlobLayout, uniform_layout
-from erofsd.errors import CorruptImage, ErofsdError, UnsupportedImage
-from erofsd.images.base import Image, Tree
+from erofsd.errors import CorruptImage, ErofsdError, SourceError, UnsupportedImage
+from erofsd.images.base import Image
 from erofsd.images.erofs.metadata import Metadata, survey
 from erofsd.images.erofs.reader import ErofsReader, ReadDevice
 from erofsd.images.erofs.tree import ErofsTree
@@ -63,7 +64,7 @@ async def fetch_blob_metas(located: Located) -> dict[str, bytes]:
     return await _fetch_metas(located, bootstrap)
 
 
-def open_tree(image: Image, read: ReadDevice, name: str = "image") -> Tree:
+def open_tree(image: Image, read: ReadDevice, name: str = "image") -> ErofsTree:
     """The file tree of an opened image. Blocking, as all that the tree does.
 
     Args:
@@ -77,7 +78,8 @@ def open_tree(image: Image, read: ReadDevice, name: str = "image") -> Tree:
     if image.bootstrap is not None:
         return ErofsTree(RafsReader(parse_bootstrap(name, image.bootstrap), image.devices, read))
     assert image.primary is not None  # one of the two is there
-    return ErofsTree(ErofsReader(PagedSource(_DeviceSource(name, image.primary.size, read)), read))
+    primary = PagedSource(_DeviceSource(name, image.primary.size, read))
+    return ErofsTree(ErofsReader(primary, read, flat=not image.devices))
 
 
 # --- RAFS ---
@@ -139,7 +141,11 @@ async def _open_erofs(located: Located, run_blocking: RunBlocking) -> Image:
     size = await located.backend.size(located.primary)
     loop = asyncio.get_running_loop()
     source = _BackendSource(located.ref, size, located.backend, located.primary, loop)
-    reader, metadata = await run_blocking(_survey, PagedSource(source))
+    try:
+        reader, metadata = await run_blocking(_survey, PagedSource(source), not located.devices)
+    except BaseException:
+        source.give_up()  # a cancelled wait does not end the thread
+        raise
     return Image(
         format="erofs",
         bootstrap=None,
@@ -151,8 +157,9 @@ async def _open_erofs(located: Located, run_blocking: RunBlocking) -> Image:
     )
 
 
-def _survey(source: PagedSource) -> tuple[ErofsReader, Metadata]:
+def _survey(source: PagedSource, may_be_flat: bool) -> tuple[ErofsReader, Metadata]:
     reader = ErofsReader(source)
+    reader.flat = may_be_flat and _appended(reader)
     stated = reader.super.block_count * reader.block_size
     # With devices some writers count their blocks, too; alone, a primary shorter than stated is cut off.
     if not reader.super.devices and stated > source.size:
@@ -164,10 +171,9 @@ async def _devices(located: Located, reader: ErofsReader) -> tuple[BlobLayout, .
     slots = reader.super.devices
     bits = reader.super.block_bits
     ids = located.devices
+    if reader.flat:
+        return ()  # mounted without devices
     if not ids:
-        ends = [slot.mapped_block + slot.block_count << bits for slot in slots if slot.mapped_block]
-        if len(ends) == len(slots) and all(end <= reader.source.size for end in ends):
-            return ()  # appended to the primary: mounted without devices
         ids = tuple(slot.tag.rstrip(b"\0").decode("latin-1") for slot in slots)
     if len(ids) != len(slots) or not all(ids):
         raise UnsupportedImage(
@@ -181,6 +187,16 @@ async def _devices(located: Located, reader: ErofsReader) -> tuple[BlobLayout, .
             raise CorruptImage(f"{located.ref}: {problem}")
         layouts.append(uniform_layout(blob_id, size, pin=_pin(located, blob_id, size)))
     return tuple(layouts)
+
+
+def _appended(reader: ErofsReader) -> bool:
+    """True if all extra devices lie in the primary, at their unified addresses."""
+    ends = [
+        slot.mapped_block + slot.block_count << reader.super.block_bits
+        for slot in reader.super.devices
+        if slot.mapped_block and slot.block_count
+    ]
+    return bool(ends) and len(ends) == len(reader.super.devices) and max(ends) <= reader.source.size
 
 
 def _pin(located: Located, blob_id: str, size: int) -> str:
@@ -207,13 +223,22 @@ class _BackendSource:
         self._backend = backend
         self._blob_id = blob_id
         self._loop = loop
+        self._pending: Future[bytes] | None = None
+        self._given_up = False
 
     def pread(self, offset: int, length: int) -> bytes:
         """See ByteSource. PagedSource has checked the range."""
-        want = Range.of(offset, length)
-        return asyncio.run_coroutine_threadsafe(
-            _fetch(self._backend, self._blob_id, want), self._loop
-        ).result()
+        if self._given_up:
+            raise SourceError(f"{self.name}: nobody waits for it any more")
+        coming = _fetch(self._backend, self._blob_id, Range.of(offset, length))
+        self._pending = asyncio.run_coroutine_threadsafe(coming, self._loop)
+        return self._pending.result()
+
+    def give_up(self) -> None:
+        """Let the thread that reads fail: now, if it waits, else with its next read."""
+        self._given_up = True
+        if self._pending is not None:
+            self._pending.cancel()
 
 
 class _DeviceSource:

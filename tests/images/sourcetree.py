@@ -143,7 +143,7 @@ def without(descriptions: dict[bytes, Description], *keys: str) -> dict[bytes, D
 
 def mkfs(image: Path, source: Path, *options: str) -> None:
     """Make an image with Debian's mkfs.erofs."""
-    command = ["mkfs.erofs", "-d1", "--quiet", *options, image, source]
+    command = ["mkfs.erofs", "-d1", "--quiet", *options, str(image), str(source)]
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -151,7 +151,7 @@ def mkfs(image: Path, source: Path, *options: str) -> None:
 def mounted(image: Path, directory: Path) -> Iterator[Path | None]:
     """*image* mounted on *directory* through a loop device; None where that is not possible."""
     directory.mkdir(exist_ok=True)
-    command = ["mount", "-t", "erofs", "-o", "loop,ro", image, directory]
+    command = ["mount", "-t", "erofs", "-o", "loop,ro", str(image), str(directory)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         yield None
         return

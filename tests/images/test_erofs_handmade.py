@@ -243,6 +243,20 @@ def test_xattrs_with_unknown_prefix_are_not_shown() -> None:
     assert list(tree.walk())[1].xattrs == {b"user.abc": b"xy"}
 
 
+def test_long_name_prefixes() -> None:
+    image = Image(super={"incompat": fmt.INCOMPAT_XATTR_PREFIXES, "prefixes": 2})
+    root = image.root()
+    table = b"\x09\0\4overlay.".ljust(12, b"\0") + b"\1\0\1"
+    image.super["prefix_at"] = image.block(table) * BLOCK // 4
+    entries = b"\6\x80\1\0opaquey".ljust(12, b"\0") + b"\1\x81\1\0ab".ljust(8, b"\0")
+    nid = image.inode(REG, 0, 0, xattr=bytes(12) + entries)
+    image.directory(root, {b"f": (nid, REG)})
+    data = image.finish()
+    assert list(tree_of(data).walk())[1].xattrs == {b"trusted.overlay.opaque": b"y", b"user.a": b"b"}
+    ranges = metadata_ranges(ErofsReader(BytesSource("image", data)))
+    assert ranges.covers(Range.of(image.super["prefix_at"] * 4, len(table)))
+
+
 @pytest.mark.parametrize(
     "xattr",
     [

@@ -227,7 +227,7 @@ def test_image_of_3517_inodes_lists_as_the_kernel_does(testdata: Path, expected:
         path, mode, uid, gid, size, mtime, nlink, _ino, nid, target, chunks = line.split("\t")
         numbers = [int(mode, 8), int(uid), int(gid), int(size), int(mtime), int(nlink), int(nid)]
         want.append([path, *numbers, target, joined_places(chunks, int(size))])
-    assert lines == sorted(want, key=lambda row: row[0].encode())
+    assert lines == sorted(want, key=lambda row: str(row[0]).encode())
 
 
 def joined_places(chunks: str, size: int) -> str:

@@ -65,7 +65,11 @@ def decode_extent(reader: ErofsReader, inode: Inode, extent: ZExtent) -> bytes:
     Raises:
         CorruptImage: They do not decode.
     """
-    stored = reader.source.pread(extent.offset, extent.stored)
+    if extent.inline:
+        stored = reader.source.pread(extent.offset, extent.stored)
+    else:
+        place = reader.locate(inode, 0, extent.offset, extent.stored)
+        stored = reader.read(place.device, place.offset or 0, place.length)
     try:
         if extent.method == zmap.SHIFTED:
             return stored[: extent.length]

@@ -53,9 +53,13 @@ class ErofsReader:
     Args:
         source: The primary image. Reads are small: wrap what is far away in a PagedSource.
         read_device: Gives the data of extra devices; without it only the primary's data can be read.
+        flat: The extra devices are appended to the primary, at the addresses in the device table. So the
+            kernel takes it when an image with a device table is mounted without devices.
     """
 
-    def __init__(self, source: ByteSource, read_device: ReadDevice | None = None) -> None:
+    def __init__(
+        self, source: ByteSource, read_device: ReadDevice | None = None, *, flat: bool = False
+    ) -> None:
         self.source = source
         self.name = source.name
         self.super: SuperBlock = fmt.parse_superblock(source)
@@ -63,6 +67,7 @@ class ErofsReader:
         # fs/erofs/super.c: device ids are masked before they are used
         self._device_mask = (1 << len(self.super.devices).bit_length()) - 1
         self._read_device = read_device
+        self.flat = flat
         self._shared: dict[int, tuple[bytes, bytes] | None] = {}
         self._shared_size = 0
 
@@ -364,7 +369,8 @@ class ErofsReader:
     def locate(self, inode: Inode, device: int, offset: int, length: int) -> Extent:
         """Find the device of an address and check that it holds *length* bytes there.
 
-        Addresses on device 0 may lie in the unified address space of all devices.
+        Addresses on device 0 may lie in the unified address space of all devices. Where the devices are
+        appended to the primary (``flat``), that is where all addresses lie.
 
         Source: fs/erofs/data.c, erofs_map_dev().
         """
@@ -372,12 +378,12 @@ class ErofsReader:
         if device > len(slots):
             raise corrupt(self.name, inode.offset, "device id", f"{device} of nid {inode.nid} does not exist")
         bits = self.super.block_bits
-        if device == 0:
+        if self.flat and device:
+            device, offset = 0, offset + (slots[device - 1].mapped_block << bits)
+        elif not device and not self.flat:
             for i, slot in enumerate(slots):
                 start = slot.mapped_block << bits
                 if slot.mapped_block and start <= offset < start + (slot.block_count << bits):
-                    if start + (slot.block_count << bits) <= self.source.size:
-                        break  # the devices are appended to the primary: the address is good as it is
                     device, offset = i + 1, offset - start
                     break
         size = slots[device - 1].block_count << bits if device else self.source.size

@@ -12,19 +12,20 @@ from erofsd.images.source import corrupt
 
 # No path that Linux can open is longer than 4096 bytes, but a tree may be deeper than one path can say.
 PATH_MAX = 64 << 10
+COMPRESSION_MAX = 64  # of directories: names and numbers differ
 
 
 def walk_inodes(reader: ErofsReader) -> Iterator[tuple[bytes, Inode]]:
     """Every name with its inode, parents before children, siblings sorted; the root is ``b"/"``.
 
     A directory may have one name only: a second one is a cycle or makes the walk exponential. All directories
-    together are no larger than the image, so the walk ends.
+    together are no larger than the image, unless they are compressed, so the walk ends.
 
     Raises:
         CorruptImage: A cycle, a path longer than PATH_MAX, and whatever the reader finds.
     """
     seen = {reader.root.nid}
-    budget = 4 * reader.source.size - reader.root.size
+    budget = 2 * reader.source.size
     yield b"/", reader.root
     names: list[bytes] = [b""]
     levels: list[Iterator[Dirent]] = [reader.entries(reader.root)]
@@ -39,7 +40,7 @@ def walk_inodes(reader: ErofsReader) -> Iterator[tuple[bytes, Inode]]:
         if len(path) > PATH_MAX:
             raise _bad(reader, inode, f"lies deeper than {PATH_MAX} bytes of path")
         if inode.type == "dir":
-            budget -= inode.size
+            budget -= inode.size // COMPRESSION_MAX if inode.compressed else inode.size
             if inode.nid in seen:
                 raise _bad(reader, inode, "is a directory with two names")
             if budget < 0:

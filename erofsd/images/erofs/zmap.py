@@ -248,10 +248,8 @@ class _Index:
             )
         if extent.method in (SHIFTED, INTERLACED) and extent.length > extent.stored:
             raise self._bad(f"plain cluster at byte {extent.offset} is shorter than its data")
-        if not extent.inline and reader.locate(self.inode, 0, extent.offset, extent.stored).device:
-            raise UnsupportedImage(
-                f"{reader.name}: compressed data of nid {self.inode.nid} on an extra device"
-            )
+        if not extent.inline:
+            reader.locate(self.inode, 0, extent.offset, extent.stored)
         return extent
 
     def _bad(self, problem: str) -> CorruptImage:
