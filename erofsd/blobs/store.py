@@ -182,6 +182,7 @@ class StoredBlob:
     """One file of the cache, shared by all images that are bound to it.
 
     Attributes:
+        store: That has it.
         name: ``<blob_id>.<variant>``: stable across restarts.
         size: Of the data file, bytes; a multiple of 4096.
         layout: Geometry that all bindings agree on: sizes and offsets of chunks. Its digests and units are
@@ -193,7 +194,7 @@ class StoredBlob:
     def __init__(
         self, store: BlobStore, name: str, layout: BlobLayout, identity: bytes, fd: int, chunk_map: ChunkMap
     ) -> None:
-        self._store = store
+        self.store = store
         self._fd = fd
         self._uses = 0
         self._unused = threading.Condition()
@@ -213,7 +214,7 @@ class StoredBlob:
     @property
     def path(self) -> Path:
         """The data file."""
-        return self._store.path(self.name)
+        return self.store.path(self.name)
 
     @property
     def fd(self) -> int:
@@ -278,7 +279,7 @@ class StoredBlob:
     def _sync(self, present: bytes, epoch: int) -> bool:
         os.fdatasync(self._fd)
         if not self._directory_synced:
-            self._store.sync_directory()
+            self.store.sync_directory()
             self._directory_synced = True
         return self.map.write_durable(present, epoch)
 
@@ -303,7 +304,7 @@ class StoredBlob:
         """Close the descriptors once nobody uses them; the files stay. It is not used afterwards."""
         if not self._closing:
             self._closing = True
-            self._store.closed(self)
+            self.store.closed(self)
             with self._unused:
                 if not self._uses:
                     self._close_now()
@@ -329,7 +330,7 @@ class StoredBlob:
             self._unused.wait_for(lambda: not self._uses)  # a late write would make it grow again
         self._taken(self.map.take())
         os.ftruncate(self._fd, 0)
-        self._store.forget(self)
+        self.store.forget(self)
 
 
 class BlobStore:

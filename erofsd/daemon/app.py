@@ -34,8 +34,9 @@ from erofsd.daemon.images import ImageLoader
 from erofsd.daemon.keeper import Inheritance
 from erofsd.daemon.link import WorkerLink
 from erofsd.daemon.metrics import render
+from erofsd.daemon.mount import Host, Mount
 from erofsd.daemon.mountinfo import MountWatch
-from erofsd.daemon.mounting import Mount, Mounts, resolve
+from erofsd.daemon.mounting import Mounts, resolve
 from erofsd.daemon.prefetching import Prefetcher
 from erofsd.daemon.state import ImageFiles, MountTable
 from erofsd.errors import ErofsdError
@@ -96,15 +97,25 @@ class Worker:
         self._provider = FillProvider()
         self._store = BlobStore(state_dir / "blobs", held=inheritance.blobs)
         self._table = MountTable(state_dir / "mounts.db")
-        guards = Guards(engine, self._provider, self._link, inheritance) if engine is not None else None
-        self._guards = guards
+        files = ImageFiles(state_dir / "images")
+        self._hosts: dict[str, Host] = {}
+        self._guards: Guards | None = None
+        if engine is not None:
+            self._guards = self._hosts["fanotify"] = Guards(
+                engine,
+                store=self._store,
+                files=files,
+                provider=self._provider,
+                link=self._link,
+                inheritance=inheritance,
+            )
+        self._files = files
         self._mounts = Mounts(
             table=self._table,
-            loader=ImageLoader(ImageFiles(state_dir / "images"), config),
-            store=self._store,
+            loader=ImageLoader(files, config),
             provider=self._provider,
-            guards=guards,
-            why_not=inheritance.why_not.get("fanotify", ("", "")),
+            hosts=self._hosts,
+            why_not=inheritance.why_not,
         )
         self._group: asyncio.TaskGroup
 
@@ -138,7 +149,7 @@ class Worker:
                 await self._stop.wait()
                 watch.close()
                 await runner.cleanup()
-                clean = await self._mounts.stop(keep_complete=self._config.keep_mounts, spoil=self._spoil)
+                clean = await self._mounts.stop(keep_complete=self._config.keep_mounts)
                 raise Stopping
         except* Stopping:
             pass
@@ -162,6 +173,7 @@ class Worker:
         self._group.create_task(run())
 
     async def _forget_unused(self) -> None:
+        self._files.remove_others({record.image for record in self._table.all()})
         if self._guards is None:
             return
         used = {blob.name for mount in self._mounts for blob in mount.blobs}
@@ -187,13 +199,9 @@ class Worker:
         self._stop.set()
 
     def _on_complete(self, blob: StoredBlob) -> None:
-        if self._guards is not None:
-            self._spawn(self._guards.relax(blob))
-
-    @staticmethod
-    def _spoil(blob: StoredBlob) -> None:
-        """Readers elsewhere get EIO instead of zeros when the group goes away."""
-        blob.spoil()
+        for host in self._hosts.values():
+            if host.store is blob.store:
+                self._spawn(host.relax(blob))
 
     def _become_keeper(self) -> None:
         log.warning("keeper.lost", pid=os.getpid())
@@ -249,9 +257,8 @@ class Worker:
             await prefetcher.everything(progress)
         else:
             await prefetcher.files(files, progress)
-        if self._guards is not None:
-            for blob in mount.blobs:
-                await self._guards.relax(blob)
+        for blob in mount.blobs:
+            await self._hosts[mount.record.engine].relax(blob)
 
     async def _prefetch_quietly(self, mount: Mount, how: str) -> None:
         """What nobody asked for must not fail anybody."""

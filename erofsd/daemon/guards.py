@@ -1,4 +1,4 @@
-"""Which blobs are guarded, and the order in which that may change.
+"""fanotify as a host: which blobs are guarded, and the order in which that may change.
 
 The kernel asks nobody about a file that carried no mark when it was opened, and lets go of every reader when
 nobody holds the group. So, for each blob, in this order and never another:
@@ -19,28 +19,44 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from erofsd.blobs.store import StoredBlob
+from erofsd.blobs.store import BlobStore, StoredBlob
+from erofsd.daemon.images import OpenedImage
 from erofsd.daemon.keeper import Inheritance
 from erofsd.daemon.link import WorkerLink
+from erofsd.daemon.mount import Mount
+from erofsd.daemon.state import ImageFiles
 from erofsd.fill.provider import FillProvider
+from erofsd.images.base import Image
+from ondemand import syscalls
 from ondemand.engines.fanotify import FanotifyEngine, FileSink
 from ondemand.provider import ObjectKey
 
 log = structlog.get_logger("erofsd.guards")
 
 
-def object_key(blob: StoredBlob) -> ObjectKey:
-    """The name under which engine and provider know *blob*."""
-    return ObjectKey(blob.name.encode())
+def object_key(name: str) -> ObjectKey:
+    """The name under which engine and provider know the stored blob *name*."""
+    return ObjectKey(name.encode())
 
 
 class Guards:
-    """Guards blobs of the fanotify engine."""
+    """Guards blobs with fanotify, and mounts images over them file by file."""
+
+    engine = "fanotify"
 
     def __init__(
-        self, engine: FanotifyEngine, provider: FillProvider, link: WorkerLink, inheritance: Inheritance
+        self,
+        engine: FanotifyEngine,
+        *,
+        store: BlobStore,
+        files: ImageFiles,
+        provider: FillProvider,
+        link: WorkerLink,
+        inheritance: Inheritance,
     ) -> None:
+        self.store = store
         self._engine = engine
+        self._files = files
         self._provider = provider
         self._link = link
         self._inheritance = inheritance
@@ -51,18 +67,34 @@ class Guards:
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
-    def attach(self, blob: StoredBlob) -> None:
-        """Let *blob* be filled, guarded or not."""
-        self._provider.attach(object_key(blob), blob, FileSink(blob.fd))
+    # -- Host -------------------------------------------------------------------------------------------
 
-    def adopt(self, name: str, fd: int) -> None:
-        """*name* was held and marked when the worker before this one died."""
-        self._engine.adopt(ObjectKey(name.encode()), fd)
-        self._guarded.add(name)
+    def check(self, image: Image) -> None:
+        """See Host: the probe has mounted an image, and this engine asks nothing more of one."""
+
+    def bind(self, mount: Mount, opened: OpenedImage, stored: tuple[str, ...]) -> None:
+        """See Host."""
+        image = opened.image
+        layouts = list(image.devices) if image.primary is None else [image.primary, *image.devices]
+        for layout, name in zip(layouts, stored or (None,) * len(layouts), strict=True):
+            binding = self.store.bind(layout, name=name)
+            binding.image = mount.record.ref
+            binding.source = opened.source
+            mount.bindings.append(binding)
+            blob = binding.blob
+            self._provider.attach(object_key(blob.name), blob, FileSink(blob.fd))
+
+    async def prepare(self, mount: Mount) -> None:
+        """See Host. The kernel reads the metadata of a primary image without asking: they must be there."""
+        assert mount.image is not None
+        if mount.image.primary is not None:
+            for part in mount.image.metadata:
+                await self._provider.ensure(mount.bindings[0], part)
 
     @asynccontextmanager
-    async def mounting(self, blobs: list[StoredBlob]) -> AsyncIterator[None]:
-        """Guard *blobs* while a mount is made of them; afterwards those that are complete are let go."""
+    async def serving(self, mount: Mount) -> AsyncIterator[None]:
+        """See Host. Blobs that are complete are let go of in the end."""
+        blobs = mount.blobs
         self._pins.update(blob.name for blob in blobs)
         try:
             for blob in blobs:
@@ -73,17 +105,18 @@ class Guards:
             for blob in blobs:
                 await self.relax(blob)
 
-    async def _guard(self, blob: StoredBlob) -> None:
-        async with self._lock(blob.name):
-            if blob.name in self._guarded:
-                return
-            await self._link.hold(blob.name, blob.fd)
-            self._inheritance.blobs[blob.name] = blob.fd
-            self._engine.guard(object_key(blob), blob.fd)
-            self._guarded.add(blob.name)
+    def mount(self, mount: Mount) -> None:
+        """See Host."""
+        assert mount.image is not None
+        paths = [str(binding.blob.path) for binding in mount.bindings]
+        if mount.image.primary is None:
+            source = str(self._files.bootstrap_path(mount.record.image))
+        else:
+            source = paths.pop(0)
+        syscalls.mount_erofs(source, mount.record.dir, paths)
 
     async def relax(self, blob: StoredBlob) -> None:
-        """Stop guarding *blob* if every byte that any mount may read is there for good."""
+        """See Host."""
         if not blob.complete or blob.name not in self._guarded:
             return
         try:
@@ -98,14 +131,29 @@ class Guards:
                 log.info("blob.completed", blob_id=blob.name)
 
     async def drop(self, blob: StoredBlob) -> None:
-        """Forget *blob*: no superblock uses it any more."""
+        """See Host."""
         async with self._lock(blob.name):
             if blob.bindings:
-                return  # somebody mounted it while we waited
-            if blob.name in self._guarded:
-                await self._let_go(blob.name)
-            self._provider.detach(object_key(blob))
+                return  # somebody bound it while we waited
+            guarded = blob.name in self._guarded
+            if guarded:
+                self._unguard(blob.name)
+            # No await up to here: from now on whoever binds it opens it anew, after the mark is gone.
+            self._provider.detach(object_key(blob.name))
             blob.close()
+            if guarded:
+                await self._link.release(blob.name)
+
+    def spoil(self, blob: StoredBlob) -> None:
+        """See Host. Truncated files give EIO; holes would give zeros once the group is closed."""
+        blob.spoil()
+
+    # -- a dead worker's guards -------------------------------------------------------------------------
+
+    def adopt(self, name: str, fd: int) -> None:
+        """*name* was held and marked when the worker before this one died."""
+        self._engine.adopt(object_key(name), fd)
+        self._guarded.add(name)
 
     async def forget(self, name: str) -> None:
         """Let go of what a dead worker left guarded and no mount needs."""
@@ -113,8 +161,22 @@ class Guards:
             if name in self._guarded:
                 await self._let_go(name)
 
-    async def _let_go(self, name: str) -> None:
-        self._engine.unguard(ObjectKey(name.encode()))
+    # -- marks and descriptors --------------------------------------------------------------------------
+
+    async def _guard(self, blob: StoredBlob) -> None:
+        async with self._lock(blob.name):
+            if blob.name in self._guarded:
+                return
+            await self._link.hold(blob.name, blob.fd)
+            self._inheritance.blobs[blob.name] = blob.fd
+            self._engine.guard(object_key(blob.name), blob.fd)
+            self._guarded.add(blob.name)
+
+    def _unguard(self, name: str) -> None:
+        self._engine.unguard(object_key(name))
         self._guarded.discard(name)
         self._inheritance.blobs.pop(name, None)
+
+    async def _let_go(self, name: str) -> None:
+        self._unguard(name)
         await self._link.release(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,7 @@ class ImageLoader:
 
     def __init__(self, files: ImageFiles, config: Config) -> None:
         self.files = files
+        self._used: Counter[str] = Counter()
         self._settings = settings_for_deadline(config.deadline, config.registry)
 
     def _settings_for(self, *, plain_http: bool) -> SourceSettings:
@@ -66,6 +68,7 @@ class ImageLoader:
             saved = _describe(located, image)
             key = _key(saved, located.bootstrap, located.blob_metas)
             self.files.save(key, saved, located.bootstrap, dict(located.blob_metas))
+            self._used[key] += 1
         except BaseException:
             await located.backend.aclose()
             raise
@@ -105,7 +108,14 @@ class ImageLoader:
                 block_size=saved.block_size,
                 compressed=saved.compressed,
             )
+        self._used[record.image] += 1
         return OpenedImage(record.image, image, saved.digest or "", source)
+
+    def release(self, key: str, *, keep: set[str]) -> None:
+        """Whoever opened *key* is done with it; it is deleted when nobody uses it and it is not in *keep*."""
+        self._used[key] -= 1
+        if not self._used[key] and key not in keep:
+            self.files.remove(key)
 
 
 def _layout(blob: tuple[str, int, str]) -> BlobLayout:

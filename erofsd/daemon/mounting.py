@@ -16,30 +16,47 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
 
 from erofsd.api import MountInfo, MountRequest
-from erofsd.backends.measured import MeasuredBackend
-from erofsd.blobs.store import Binding, BlobStore, StoredBlob
-from erofsd.daemon.guards import Guards
 from erofsd.daemon.images import ImageLoader, OpenedImage
+from erofsd.daemon.mount import Host, Mount
 from erofsd.daemon.mountinfo import MountPoint, mount_points, superblocks
 from erofsd.daemon.state import MountRecord, MountTable
 from erofsd.errors import ErofsdError, NotPossibleHere
 from erofsd.fill.provider import FillProvider
-from erofsd.images.base import Image
 from ondemand import syscalls
 
 BUSY_PATIENCE_S = 2.0  # after a lazy unmount: readers that were let go need a moment to close
 LINGER_POLL_S = 0.5
 
 log = structlog.get_logger("erofsd.mounting")
+
+
+async def _in_thread(work: Callable[..., None], *arguments: Any) -> None:
+    """Call *work* in a thread, to its end even if we are cancelled: what it does must be known afterwards."""
+    future = asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))
+    try:
+        await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise
+
+
+def _device_at(directory: str) -> str:
+    """``major:minor`` of the EROFS that is mounted at *directory*; empty if none is."""
+    device = ""
+    for point in mount_points():
+        if point.directory == directory and point.fstype == "erofs":
+            device = point.device  # the last line is the topmost mount
+    return device
 
 
 async def resolve(directory: str) -> str:
@@ -52,47 +69,27 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-@dataclass(slots=True)
-class Mount:
-    """One mount of an image, alive or lingering."""
-
-    record: MountRecord
-    image: Image | None = None
-    digest: str = ""
-    source: MeasuredBackend | None = None
-    bindings: list[Binding] = field(default_factory=list)
-    device: str = ""
-    last_error: str = ""
-
-    @property
-    def blobs(self) -> list[StoredBlob]:
-        """The stored blobs of all device slots; an image may name one twice."""
-        return list({binding.blob.name: binding.blob for binding in self.bindings}.values())
-
-    @property
-    def complete(self) -> bool:
-        """True if no read of this mount can need the network."""
-        return self.image is not None and all(not binding.missing_count for binding in self.bindings)
-
-
 class Mounts:
-    """All mounts of this daemon. Its methods are the API's verbs."""
+    """All mounts of this daemon. Its methods are the API's verbs.
+
+    Args:
+        hosts: The engines that work here, by name, the preferred one first.
+        why_not: Reason and remedy for each that does not.
+    """
 
     def __init__(
         self,
         *,
         table: MountTable,
         loader: ImageLoader,
-        store: BlobStore,
         provider: FillProvider,
-        guards: Guards | None,
-        why_not: Sequence[str],
+        hosts: Mapping[str, Host],
+        why_not: Mapping[str, Sequence[str]],
     ) -> None:
         self._table = table
         self._loader = loader
-        self._store = store
         self._provider = provider
-        self._guards = guards
+        self._hosts = hosts
         self._why_not = why_not
         self._mounts: dict[str, Mount] = {}  # by record.name
         self._locks: dict[str, asyncio.Lock] = {}
@@ -117,7 +114,7 @@ class Mounts:
         Raises:
             ErofsdError: Any of its family; nothing is left behind.
         """
-        guards = self._require_engine(request.engine)
+        host = self._host(request.engine)
         directory = await resolve(request.dir)
         async with self._lock(directory):
             if (mount := self._mounts.get(directory)) is not None:
@@ -131,112 +128,99 @@ class Mounts:
                 await self._forget(mount)  # failed to come back earlier: try afresh
             if not await asyncio.to_thread(os.path.isdir, directory):
                 raise ErofsdError(f"{directory}: no such directory", hint=f"mkdir -p {directory}")
-            for point in mount_points():
-                if point.directory == directory and point.fstype == "erofs":
-                    raise ErofsdError(
-                        f"{directory}: another EROFS is mounted there", hint=f"umount {directory}"
-                    )
-            opened = await self._loader.fetch(request)
-            record = MountRecord(
-                dir=directory,
-                ref=request.ref,
-                image=opened.key,
-                engine="fanotify",
-                prefetch=request.prefetch,
-                blobs=tuple(request.blobs or ()),
-                plain_http=request.plain_http,
-                boot_id=boot_id(),
-            )
-            mount = Mount(record)
+            if _device_at(directory):
+                raise ErofsdError(f"{directory}: another EROFS is mounted there", hint=f"umount {directory}")
+            mount = await self._open(request, host, directory)
             try:
-                self._bind(mount, opened)
-                await self._bring_up(guards, mount)
-            except BaseException as exc:
-                self._table.delete(mount.record)
-                await self._release(mount)
-                if isinstance(exc, OSError):
-                    raise ErofsdError(f"{directory}: {exc.strerror or exc}") from exc
-                raise
-            log.info("image.mounted", dir=directory, ref=request.ref, format=opened.image.format)
+                await self._bring_up(host, mount)
+            except OSError as exc:
+                raise ErofsdError(f"{directory}: {exc.strerror or exc}") from exc
+            log.info(
+                "image.mounted", dir=directory, ref=request.ref, format=mount.image and mount.image.format
+            )
             return mount
+
+    async def _open(self, request: MountRequest, host: Host, directory: str) -> Mount:
+        """Find, check and bind an image."""
+        opened = await self._loader.fetch(request)
+        record = MountRecord(
+            dir=directory,
+            ref=request.ref,
+            image=opened.key,
+            engine=host.engine,
+            prefetch=request.prefetch,
+            blobs=tuple(request.blobs or ()),
+            plain_http=request.plain_http,
+            boot_id=boot_id(),
+        )
+        mount = Mount(record)
+        try:
+            host.check(opened.image)
+            self._bind(host, mount, opened)
+        except BaseException:
+            await self._release(mount)
+            raise
+        return mount
 
     @asynccontextmanager
     async def borrowed(self, request: MountRequest) -> AsyncIterator[Mount]:
         """An image bound to its blobs without being mounted, for as long as the context lasts."""
-        self._require_engine("auto")
-        opened = await self._loader.fetch(request)
-        record = MountRecord(dir="", ref=request.ref, image=opened.key, engine="")
-        mount = Mount(record)
+        mount = await self._open(request, self._host("auto"), "")
         try:
-            self._bind(mount, opened)
             yield mount
         finally:
             await self._release(mount)
 
-    def _require_engine(self, name: str) -> Guards:
-        if name in ("cachefiles", "nbd"):
-            raise NotPossibleHere(
-                f"engine {name}: this version has none",
-                hint="--engine fanotify, or auto, on Linux 6.15 and later",
-            )
-        if self._guards is None:
-            raise NotPossibleHere(f"engine fanotify: {self._why_not[0]}", hint=self._why_not[1])
-        return self._guards
+    def _host(self, name: str) -> Host:
+        """The engine called *name*; ``auto`` is the first that works here.
 
-    def _bind(self, mount: Mount, opened: OpenedImage, *, stored: tuple[str, ...] = ()) -> None:
-        """Bind the blobs of *mount*; to those named in *stored* where a living superblock has them open."""
-        assert self._guards is not None
+        Raises:
+            NotPossibleHere: It does not work here; says why.
+        """
+        if name == "auto" and self._hosts:
+            return next(iter(self._hosts.values()))
+        if (host := self._hosts.get(name)) is not None:
+            return host
+        wanted = [name] if name != "auto" else list(self._why_not)
+        reasons = [f"{n}: {self._why_not[n][0]}" for n in wanted if n in self._why_not]
+        hints = [self._why_not[n][1] for n in wanted if n in self._why_not and self._why_not[n][1]]
+        if not reasons:
+            raise NotPossibleHere(f"engine {name}: this version has none", hint="--engine auto")
+        raise NotPossibleHere("engine " + "; ".join(reasons), hint="; or ".join(hints))
+
+    def _bind(self, host: Host, mount: Mount, opened: OpenedImage, stored: tuple[str, ...] = ()) -> None:
         mount.image = opened.image
         mount.digest = opened.digest
         mount.source = opened.source
-        image = opened.image
-        layouts = list(image.devices) if image.primary is None else [image.primary, *image.devices]
-        names = stored or (None,) * len(layouts)
-        for layout, name in zip(layouts, names, strict=True):
-            binding = self._store.bind(layout, name=name)
-            binding.image = mount.record.ref
-            binding.source = opened.source
-            mount.bindings.append(binding)
-            self._guards.attach(binding.blob)
+        host.bind(mount, opened, stored)
+        names = tuple(binding.blob.name for binding in mount.all_bindings)
+        mount.record = msgspec.structs.replace(mount.record, stored=names)
 
-    async def _bring_up(self, guards: Guards, mount: Mount) -> None:
-        assert mount.image is not None
-        if mount.image.primary is not None:
-            for part in mount.image.metadata:
-                await self._provider.ensure(mount.bindings[0], part)
-        async with guards.mounting(mount.blobs):
-            names = tuple(binding.blob.name for binding in mount.bindings)
-            mount.record = msgspec.structs.replace(mount.record, stored=names)
-            self._table.put(mount.record)
-            async with self._mount_lock:
-                before = superblocks()
-                await asyncio.to_thread(self._mount_erofs, mount)
-                new = sorted(superblocks() - before)
-            self._replace(mount, msgspec.structs.replace(mount.record, superblocks=tuple(new)))
-            self._mounts[mount.record.name] = mount
-            mount.device = self._device_at(mount.record.dir)
-
-    def _mount_erofs(self, mount: Mount) -> None:
-        assert mount.image is not None
-        paths = [str(binding.blob.path) for binding in mount.bindings]
-        if mount.image.primary is None:
-            source = str(self._loader.files.bootstrap_path(mount.record.image))
-        else:
-            source = paths.pop(0)
-        syscalls.mount_erofs(source, mount.record.dir, paths)
+    async def _bring_up(self, host: Host, mount: Mount) -> None:
+        """Mount what is bound. If that fails, nothing of it is left; if it cannot be undone, it is kept."""
+        try:
+            await host.prepare(mount)
+            async with host.serving(mount):
+                self._table.put(mount.record)
+                async with self._mount_lock:
+                    before = superblocks()
+                    try:
+                        await _in_thread(host.mount, mount)
+                    finally:
+                        new = tuple(sorted(superblocks() - before))
+                        mount.device = _device_at(mount.record.dir)
+                        self._replace(mount, msgspec.structs.replace(mount.record, superblocks=new))
+                self._mounts[mount.record.name] = mount
+        except BaseException:
+            if mount.device:
+                await _in_thread(syscalls.umount2, mount.record.dir, syscalls.MNT_DETACH)
+            await self._retire(mount)
+            raise
 
     def _replace(self, mount: Mount, record: MountRecord) -> None:
         self._table.replace(mount.record, record)
         self._mounts.pop(mount.record.name, None)
         mount.record = record
-
-    @staticmethod
-    def _device_at(directory: str) -> str:
-        device = ""
-        for point in mount_points():
-            if point.directory == directory and point.fstype == "erofs":
-                device = point.device  # the last line is the topmost mount
-        return device
 
     # -- umount -----------------------------------------------------------------------------------------
 
@@ -294,19 +278,21 @@ class Mounts:
         self._gone.set()
         self._mounts.pop(mount.record.name, None)
         await self._release(mount)
-        self._loader.files.remove_unused({m.record.image for m in self})
 
     async def _release(self, mount: Mount) -> None:
         blobs = mount.blobs
-        for binding in mount.bindings:
+        for binding in mount.all_bindings:
             binding.release()
         mount.bindings.clear()
+        mount.boot = None
+        host = self._hosts.get(mount.record.engine)
+        for blob in blobs:
+            if host is not None and not blob.bindings:
+                await host.drop(blob)
         if mount.source is not None:
             await mount.source.aclose()
-        if self._guards is not None:
-            for blob in blobs:
-                if not blob.bindings:
-                    await self._guards.drop(blob)
+            mount.source = None
+            self._loader.release(mount.record.image, keep={record.image for record in self._table.all()})
 
     async def look_around(self) -> None:
         """Notice what umount(8) took down: it is as good as our own."""
@@ -352,42 +338,40 @@ class Mounts:
         if record.lingering and not self._alive(mount):
             self._table.delete(record)
             return
-        device = "" if record.lingering else self._device_at(record.dir)
+        device = "" if record.lingering else _device_at(record.dir)
         if not first and not record.lingering and record.superblocks and not device:
             self._table.delete(record)  # unmounted by umount(8) while there was no worker
             return
-        guards = self._require_engine(record.engine)
+        host = self._host(record.engine)
         alive = record.lingering or (device and not first)
-        self._bind(mount, await self._loader.load(record), stored=record.stored if alive else ())
+        self._bind(host, mount, await self._loader.load(record), record.stored if alive else ())
         if record.lingering:
-            async with guards.mounting(mount.blobs):
+            async with host.serving(mount):
                 self._mounts[record.name] = mount
         elif device and (not first or mount.complete):
             # Complete now means complete then: nobody fills without a worker, so no reader got a hole.
             mount.device = device
-            self._mounts[record.name] = mount
             if not record.superblocks:  # killed between mount(2) and the note of its name
                 self._replace(
                     mount, msgspec.structs.replace(record, superblocks=tuple(sorted(superblocks())))
                 )
-                self._mounts[record.name] = mount
-            async with guards.mounting(mount.blobs):
+            self._mounts[record.name] = mount
+            async with host.serving(mount):
                 pass
         else:
             if device:
                 log.warning("mount.suspect", dir=record.dir, ref=record.ref)
-                await asyncio.to_thread(syscalls.umount2, record.dir, syscalls.MNT_DETACH)
+                await _in_thread(syscalls.umount2, record.dir, syscalls.MNT_DETACH)
             await asyncio.to_thread(os.makedirs, record.dir, exist_ok=True)
-            self._replace(mount, msgspec.structs.replace(record, superblocks=(), boot_id=boot_id()))
-            await self._bring_up(guards, mount)
+            self._replace(mount, msgspec.structs.replace(mount.record, superblocks=(), boot_id=boot_id()))
+            await self._bring_up(host, mount)
             log.info("image.restored", dir=record.dir, ref=record.ref)
 
-    async def stop(self, *, keep_complete: bool, spoil: Callable[[StoredBlob], None]) -> bool:
+    async def stop(self, *, keep_complete: bool) -> bool:
         """Unmount everything; rows stay, so the next ``serve`` brings it back.
 
         Args:
             keep_complete: Leave mounts in place that need nobody any more.
-            spoil: Makes every further read of an incomplete blob fail; blocks; called in a thread.
 
         Returns:
             True if everything is down; False if an incomplete superblock is held elsewhere, and was spoilt.
@@ -410,7 +394,7 @@ class Mounts:
             incomplete = [blob for blob in mount.blobs if not blob.complete]
             for blob in incomplete:
                 log.error("blob.spoilt", dir=mount.record.dir, ref=mount.record.ref, blob_id=blob.name)
-                await asyncio.to_thread(spoil, blob)
+                await asyncio.to_thread(self._hosts[mount.record.engine].spoil, blob)
                 clean = False
         return clean
 

@@ -189,13 +189,17 @@ class ImageFiles:
             ) from exc
         return saved, bootstrap, metas
 
-    def remove_unused(self, used: set[str]) -> None:
+    def remove(self, key: str) -> None:
+        """Delete the image *key*, if it is there. A superblock that has its bootstrap open keeps it."""
+        with contextlib.suppress(OSError):
+            (self.path(key) / "image.json").unlink(missing_ok=True)  # from here on it is nobody's image
+        shutil.rmtree(self.path(key), ignore_errors=True)
+
+    def remove_others(self, used: set[str]) -> None:
         """Delete every image whose key is not in *used*."""
         for entry in self._directory.iterdir():
             if entry.name not in used:
-                with contextlib.suppress(OSError):
-                    (entry / "image.json").unlink(missing_ok=True)  # from here on it is nobody's image
-                shutil.rmtree(entry, ignore_errors=True)
+                self.remove(entry.name)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -47,9 +47,9 @@ def test_an_image_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     files = ImageFiles(tmp_path / "images")
     files.save("k", saved(blob_ids=("b",)), b"boot", {"b": b"meta"})
     assert files.load("k") == (saved(blob_ids=("b",)), b"boot", {"b": b"meta"})
-    files.remove_unused({"k"})
+    files.remove_others({"k"})
     assert files.bootstrap_path("k").read_bytes() == b"boot"
-    files.remove_unused(set())
+    files.remove_others(set())
     with pytest.raises(CorruptImage, match="stored image"):
         files.load("k")
 
