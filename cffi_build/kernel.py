@@ -15,9 +15,12 @@ ffibuilder.set_source(
     #define _GNU_SOURCE
     #endif
     #include <fcntl.h>
+    #include <errno.h>
     #include <linux/falloc.h>
+    #include <sched.h>
     #include <stdint.h>
     #include <sys/fanotify.h>
+    #include <sys/ioctl.h>
     #include <sys/mount.h>
     #include <sys/syscall.h>
     #include <unistd.h>
@@ -50,6 +53,15 @@ ffibuilder.set_source(
     #define FSCONFIG_CMD_CREATE 6
     #endif
 
+    /* include/uapi/linux/cachefiles.h, "cachefiles: implement on-demand read", Linux 5.19 */
+    #ifndef CACHEFILES_IOC_READ_COMPLETE
+    #define CACHEFILES_IOC_READ_COMPLETE _IOW(0x98, 1, int)
+    #endif
+
+    #ifndef SYS_close_range
+    #define SYS_close_range 436
+    #endif
+
     static int k_fanotify_mark(int group_fd, unsigned int flags, uint64_t mask, int fd)
     {
         return fanotify_mark(group_fd, flags, mask, fd, NULL);
@@ -73,6 +85,23 @@ ffibuilder.set_source(
     static int k_move_mount(int from_fd, const char *to_path)
     {
         return syscall(SYS_move_mount, from_fd, "", AT_FDCWD, to_path, MOVE_MOUNT_F_EMPTY_PATH);
+    }
+
+    static int k_read_complete(int fd, unsigned long msg_id)
+    {
+        return ioctl(fd, CACHEFILES_IOC_READ_COMPLETE, msg_id);
+    }
+
+    /* _Fork() and not fork(): no handlers run in the child, which does nothing but system calls. */
+    static int k_fork_mount(const char *source, const char *target, const char *type, unsigned long flags,
+                            const char *data)
+    {
+        int pid = _Fork();
+        if (pid != 0)
+            return pid;
+        if (syscall(SYS_close_range, 0, ~0U, 0) != 0)
+            _exit(errno);
+        _exit(mount(source, target, type, flags, data) == 0 ? 0 : errno);
     }
     """,
 )
@@ -103,6 +132,9 @@ ffibuilder.cdef("""
     #define FALLOC_FL_KEEP_SIZE ...
     #define FALLOC_FL_PUNCH_HOLE ...
 
+    #define MS_RDONLY ...
+    #define CLONE_FS ...
+
     int fanotify_init(unsigned int flags, unsigned int event_f_flags);
     int k_fanotify_mark(int group_fd, unsigned int flags, uint64_t mask, int fd);
     int k_fsopen(const char *fsname, unsigned int flags);
@@ -111,6 +143,10 @@ ffibuilder.cdef("""
     int k_move_mount(int from_fd, const char *to_path);
     int umount2(const char *target, int flags);
     int fallocate(int fd, int mode, off_t offset, off_t length);
+    int unshare(int flags);
+    int k_read_complete(int fd, unsigned long msg_id);
+    int k_fork_mount(const char *source, const char *target, const char *type, unsigned long flags,
+                     const char *data);
 """)
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Linux 6.18 for a read of 64 KiB, every request denied, in pages:
 Pieces that do not touch, of another file even, follow each other just so. Giving each request the whole
 deadline would multiply it. So
 
-- the first request gets 0.7 of the deadline D;
-- one that *follows* a denial gets what is left of 0.95 D, counted from the start of the first; when that is
+- the first request gets 0.6 of the deadline D;
+- one that *follows* a denial gets what is left of 0.85 D, counted from the start of the first; when that is
   over, a quarter of what is left of D, so that bytes which are almost there still come;
 - when D is over, everything starts afresh.
 
@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from ondemand.provider import ObjectKey
 from ondemand.ranges import Range
 
-FIRST_SHARE = 0.7
-TOTAL_SHARE = 0.95
+FIRST_SHARE = 0.6
+TOTAL_SHARE = 0.85
 LAST_SHARE = 0.25
 AT_ONCE_SHARE = 0.005
 SAME_RANGE_S = 1.0

@@ -41,3 +41,7 @@ class FillError(OndemandError):
     def __init__(self, message: str, errno: int = _errno.EIO) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class NobodyReads(FillError):
+    """Part of a range belongs to nothing that anybody can read. The rest of it is filled."""

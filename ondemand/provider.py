@@ -85,6 +85,7 @@ class Provider(Protocol):
 
         Raises:
             FillError: Carries the errno the reader should see. What was filled until then stays filled.
+                NobodyReads, where it is certain that whoever waits does not wait for this.
         """
         ...
 

@@ -28,6 +28,8 @@ MNT_FORCE: int = lib.MNT_FORCE
 UMOUNT_NOFOLLOW: int = lib.UMOUNT_NOFOLLOW
 FALLOC_FL_KEEP_SIZE: int = lib.FALLOC_FL_KEEP_SIZE
 FALLOC_FL_PUNCH_HOLE: int = lib.FALLOC_FL_PUNCH_HOLE
+MS_RDONLY: int = lib.MS_RDONLY
+CLONE_FS: int = lib.CLONE_FS
 
 
 def _failed(call: str, error: int | None = None) -> OSError:
@@ -52,6 +54,47 @@ def fanotify_mark(group_fd: int, flags: int, mask: int, fd: int) -> None:
     """
     if lib.k_fanotify_mark(group_fd, flags, mask, fd) < 0:
         raise _failed(f"fanotify_mark({flags:#x}, {mask:#x})")
+
+
+def fork_mount(source: str, target: str, filesystem: str, flags: int, options: str) -> int:
+    """Call mount(2) in a child that holds none of our descriptors; returns its process id at once.
+
+    Its exit status is mount's errno, 0 if it is mounted; the caller waits for it. For mounts that this
+    process has to answer: a mount that waits for an answer cannot be killed, nor can a process one of whose
+    threads waits in it; and with a copy of the descriptor that the answer comes through, it waits for itself.
+
+    Args:
+        options: At most a page, with its NUL.
+    """
+    pid = lib.k_fork_mount(
+        os.fsencode(source), os.fsencode(target), filesystem.encode(), flags, os.fsencode(options)
+    )
+    if pid < 0:
+        raise _failed("fork")
+    return pid
+
+
+def unshare(flags: int) -> None:
+    """Give the calling thread its own; with CLONE_FS a working directory."""
+    if lib.unshare(flags) < 0:
+        raise _failed(f"unshare({flags:#x})")
+
+
+def read_complete(fd: int, msg_id: int) -> None:
+    """CACHEFILES_IOC_READ_COMPLETE: let the reader of request *msg_id* look at the cache file again.
+
+    Python's own ioctl() takes no number above 2^31.
+
+    Raises:
+        OSError: EINVAL where no such READ waits on the object of *fd*: its reader was killed, for instance.
+    """
+    if lib.k_read_complete(fd, msg_id) < 0:
+        raise _failed(f"ioctl(READ_COMPLETE, {msg_id})")
+
+
+def address_of(buffer: bytes | bytearray | memoryview) -> int:
+    """Where in memory *buffer* begins."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))
 
 
 def umount2(target: str, flags: int = 0) -> None:

@@ -484,9 +484,9 @@ async def check_replaced_worker(make: RigFactory) -> None:
                 async with serving(rig, provider):
                     await wait_until(lambda p=provider: len(p.fills) >= len(reads))  # type: ignore[misc]
                 rig.replace_worker()
-                assert rig.engine.statistics.stale >= len(reads)
             async with serving(rig, _provider(rig)):
                 await asyncio.wait(readers)
+            assert rig.engine.statistics.stale >= len(reads)
         assert rig.engine.statistics.in_flight == 0
         assert rig.engine.statistics.errors == 0
 

@@ -13,6 +13,7 @@ ENGINES: Registry[type[Engine]] = Registry(
     "ondemand.engines",
     {
         "fanotify": "ondemand.engines.fanotify:FanotifyEngine",
+        "cachefiles": "ondemand.engines.cachefiles:CachefilesEngine",
     },
 )
 
@@ -20,6 +21,7 @@ PROOFS: Registry[Callable[[str], None]] = Registry(
     "ondemand.proofs",
     {
         "fanotify": "ondemand.canary:prove_fanotify",
+        "cachefiles": "ondemand.canary_cachefiles:prove_cachefiles",
     },
 )
 """For each engine, what tries it in a directory and raises EngineUnavailable."""

@@ -36,7 +36,14 @@ import structlog
 from ondemand import syscalls
 from ondemand.deadlines import Budget, Deadlines
 from ondemand.engines.base import EngineStatistics
-from ondemand.errors import AnswerMisuse, DeviceLost, EngineUnavailable, FillError, MalformedMessage
+from ondemand.errors import (
+    AnswerMisuse,
+    DeviceLost,
+    EngineUnavailable,
+    FillError,
+    MalformedMessage,
+    NobodyReads,
+)
 from ondemand.journal import Journal
 from ondemand.protocol.fanotify import FanotifyProtocol, Identity, Request, Slot
 from ondemand.provider import ObjectKey, Provider, Sink
@@ -416,15 +423,16 @@ class FanotifyEngine:
             self._journal.unclaim(slots[used:])
         if not used:
             raise DeviceLost("the group's descriptor reads as empty: it is no fanotify group")
+        # Before anything else: whoever is killed in between leaves events that could be about any file.
+        identities = [
+            self._identify(slot, buffer) for slot, buffer in zip(slots, buffers[:used], strict=False)
+        ]
         events = []
-        for slot, buffer in zip(slots[:used], buffers[:used], strict=True):
+        for slot, buffer, identity in zip(slots, buffers, identities, strict=False):
             message = wire.parse(buffer[: min(length, wire.EVENT_SIZE)])
             length -= wire.EVENT_SIZE
             match message:
                 case wire.PreAccess():
-                    status = os.fstat(message.fd)
-                    identity = (status.st_dev, status.st_ino)
-                    self._journal.identify(slot, identity)
                     events.append(self._protocol.admit(message, Slot(slot), identity))
                 case wire.Overflow():
                     self._overflowed(Slot(slot))
@@ -433,6 +441,15 @@ class FanotifyEngine:
         self.statistics.events += len(events)
         self.statistics.in_flight += len(events)
         return events
+
+    def _identify(self, slot: int, event: memoryview) -> Identity:
+        fd = wire.METADATA.unpack_from(event)[5]
+        if fd < 0:
+            return 0, 0  # an overflow: the queue, not a file
+        status = os.fstat(fd)
+        identity = (status.st_dev, status.st_ino)
+        self._journal.identify(slot, identity)
+        return identity
 
     def _overflowed(self, slot: Slot) -> None:
         self._journal.clear(slot)
@@ -484,18 +501,24 @@ class FanotifyEngine:
         try:
             with self._owed(request, key, want, budget):
                 async with asyncio.timeout_at(budget.expires):
-                    if len(fills) == 1:
-                        await self._provider.fill(key, want, sink)
-                    else:
+                    if request.guessed:
                         await self._fill_all(fills)
+                    else:
+                        await self._provider.fill(key, want, sink)
         except Exception as exc:  # from answering: whatever a provider raises ends in _owed()
             self._halt(exc)
 
     async def _fill_all(self, fills: list[tuple[ObjectKey, Range, FileSink]]) -> None:
+        async def fill(key: ObjectKey, want: Range, sink: FileSink) -> None:
+            try:
+                await self._provider.fill(key, want, sink)
+            except NobodyReads:
+                pass  # so that is not the one
+
         try:
             async with asyncio.TaskGroup() as group:
-                for key, want, sink in fills:
-                    group.create_task(self._provider.fill(key, want, sink))
+                for each in fills:
+                    group.create_task(fill(*each))
         except ExceptionGroup as failed:
             raise FillError("not every file that could be meant was filled") from failed
 

@@ -22,7 +22,8 @@ zeros, if that one is not filled yet, and the newer one waits for ever. Hence th
    that finds nobody (ENOENT) is no error where a stale event is involved. The surplus answer cannot hit a
    newer event: that would have the same number, and be settled too.
 4. A stale event of which it is not known what file it is about (killed between the kernel's note and ours)
-   is filled in every guarded file before it is allowed, each as far as the file goes.
+   is filled in every guarded file before it is allowed, each as far as the file goes; but for those of which
+   nobody can read that range (`NobodyReads`).
 5. An event about a file that is not guarded is denied: nobody vouches for its bytes. Events of a file that
    was guarded until a moment ago are allowed, because guarding ends only when all bytes are there.
 
@@ -89,6 +90,7 @@ class Request:
         needs: What must be filled before it may be allowed. Empty: nothing, it may be allowed at once.
         refused: It must be denied, whatever is filled.
         stale: A dead worker read it: no descriptor comes with its number.
+        guessed: It is about one of several files, nobody knows which.
         verdict: None while it is owed; 0 or an errno once it is settled.
     """
 
@@ -98,6 +100,7 @@ class Request:
     needs: tuple[tuple[ObjectKey, Range], ...]
     refused: bool = False
     stale: bool = False
+    guessed: bool = False
     verdict: int | None = None
 
 
@@ -165,6 +168,7 @@ class FanotifyProtocol:
         if identity is not None:
             request.needs, request.refused = self._needs(event, identity)
             return
+        request.guessed = True
         want = Range.of(event.offset, event.count)
         parts = ((guarded.key, want.clamp(guarded.size)) for guarded in self._by_key.values())
         request.needs = tuple((key, part) for key, part in parts if part)

@@ -19,3 +19,14 @@ def fanotify_directory() -> Iterator[Path]:
         if not result.works:
             pytest.skip(f"no fanotify here: {result.reason}; {result.hint}")
         yield Path(directory)
+
+
+@pytest.fixture
+def cachefiles_directory() -> Iterator[Path]:
+    """A new directory in which this kernel's cachefiles serves objects; skips where there is none."""
+    home = "/var/lib/erofsd" if Path("/var/lib/erofsd").is_dir() else "/var/tmp"
+    with tempfile.TemporaryDirectory(dir=home) as directory:
+        result = probe("cachefiles", directory)
+        if not result.works:
+            pytest.skip(f"no cachefiles on demand here: {result.reason}; {result.hint}")
+        yield Path(directory)

@@ -32,11 +32,11 @@ def hang(deadlines: Deadlines, requests: list[tuple[ObjectKey, Range]], now: flo
 def test_the_second_asking_gets_what_is_left() -> None:
     deadlines = Deadlines(DEADLINE_S)
     first = deadlines.admit(KEY, pages(0, 32), 7, 100.0)
-    assert first.expires == 100.0 + 0.7 * DEADLINE_S
+    assert first.expires == 100.0 + 0.6 * DEADLINE_S
     deadlines.denied(KEY, pages(0, 32), 7, first, first.expires)
     second = deadlines.admit(KEY, pages(0, 1), 7, first.expires + 0.001)
     assert second.start == 100.0
-    assert second.expires == 100.0 + 0.95 * DEADLINE_S
+    assert second.expires == 100.0 + 0.85 * DEADLINE_S
 
 
 def test_another_process_that_waited_for_the_same_pages_follows_too() -> None:

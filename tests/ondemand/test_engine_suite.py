@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ondemand.testing import ENGINE_CHECKS, RigFactory
-from tests.ondemand import fanotify_rigs
+from tests.ondemand import cachefiles_rigs, fanotify_rigs
 
 Check = Callable[[RigFactory], Awaitable[None]]
 
@@ -23,3 +23,14 @@ async def test_fanotify_engine_over_scripted_device(check: Check, tmp_path: Path
 @pytest.mark.parametrize("check", ENGINE_CHECKS, ids=lambda check: check.__name__)
 async def test_fanotify_engine_over_kernel(check: Check, fanotify_directory: Path) -> None:
     await check(partial(fanotify_rigs.kernel, fanotify_directory))
+
+
+@pytest.mark.parametrize("check", ENGINE_CHECKS, ids=lambda check: check.__name__)
+async def test_cachefiles_engine_over_scripted_device(check) -> None:
+    await check(cachefiles_rigs.scripted)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("check", ENGINE_CHECKS, ids=lambda check: check.__name__)
+async def test_cachefiles_engine_over_kernel(check, cachefiles_directory: Path) -> None:
+    await check(partial(cachefiles_rigs.kernel, cachefiles_directory))
