@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -68,19 +68,26 @@ class _TokenAnswer(msgspec.Struct):
 
 
 class Authorizer:
-    """Holds the Authorization for pulling from one repository.
+    """Holds the Authorization for one repository.
 
     Args:
         host: As in the reference: the key of credentials.
-        scope: ``repository:NAME:pull``, for challenges that name none.
+        scopes: ``repository:NAME:pull`` for challenges that name none; any others, all that will ever be
+            needed, are asked for whatever a challenge says.
     """
 
     def __init__(
-        self, client: HttpClient, host: str, scope: str, settings: RegistrySettings, sources: SourceSettings
+        self,
+        client: HttpClient,
+        host: str,
+        scopes: Sequence[str],
+        settings: RegistrySettings,
+        sources: SourceSettings,
     ) -> None:
         self._client = client
         self._host = host
-        self._scope = scope
+        self._scopes = list(scopes)
+        self._reads_only = len(self._scopes) == 1 and self._scopes[0].endswith(":pull")
         self._settings = settings
         self._sources = sources
         self._lock = asyncio.Lock()
@@ -164,19 +171,24 @@ class Authorizer:
         self, parameters: Mapping[str, str], credentials: Credentials | None
     ) -> tuple[str, float]:
         url = self._realm(parameters.get("realm", ""), secret=credentials is not None)
-        query = {"scope": parameters.get("scope") or self._scope}
-        if service := parameters.get("service"):
-            query["service"] = service
+        stated = parameters.get("scope")
+        scopes = [stated] if stated and self._reads_only else self._scopes
+        service = parameters.get("service")
         if credentials is not None and credentials.identity_token:
             form = {
                 "grant_type": "refresh_token",
                 "refresh_token": credentials.identity_token,
                 "client_id": _CLIENT_ID,
-                **query,
+                "scope": " ".join(scopes),
             }
+            if service:
+                form["service"] = service
             response = await self._client.send("POST", url, {}, form=form)
         else:
             headers = {"Authorization": credentials.basic} if credentials is not None else {}
+            query = [("scope", scope) for scope in scopes]
+            if service:
+                query.append(("service", service))
             response = await self._client.send("GET", url.update_query(query), headers)
         what = f"token for {self._host}"
         if response.status != 200:

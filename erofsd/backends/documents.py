@@ -57,6 +57,7 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     Attributes:
         digest: ``sha256:…`` or ``sha512:…``; checked.
         size: In bytes; not negative.
+        urls: Where else the content is, for layers that registries may not hand out.
     """
 
     media_type: str = ""
@@ -65,6 +66,7 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     annotations: dict[str, str] | None = None
     platform: Platform | None = None
     artifact_type: str | None = None
+    urls: list[str] | None = None
 
     def __post_init__(self) -> None:
         if not _DIGEST.fullmatch(self.digest):

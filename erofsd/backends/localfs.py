@@ -8,6 +8,7 @@ import hashlib
 import os
 import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from erofsd.backends.blobid import split_blob_id
@@ -27,6 +28,15 @@ def path_id(path: Path) -> str:
 def file_pin(status: os.stat_result) -> str:
     """One line that names this very version of a file."""
     return f"size={status.st_size} mtime_ns={status.st_mtime_ns} inode={status.st_ino}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where some bytes lie: a part of a file."""
+
+    path: Path
+    offset: int
+    size: int
 
 
 class LocalBackend:
@@ -111,6 +121,18 @@ class LocalBackend:
         finally:
             os.close(fd)
         return self._pins[blob_id]
+
+    def place(self, blob_id: str) -> Place:
+        """Where a blob lies, for whoever reads it without an event loop.
+
+        Raises:
+            BlobNotFound, BlobCorrupt, SourceError: As `stream`.
+        """
+        for path in self._paths(blob_id):
+            if path.is_file():
+                os.close(self._open(blob_id))
+                return Place(path, 0, self._sizes[blob_id])
+        raise BlobNotFound(f"{self._name}: has no blob {blob_id}")
 
     def _open(self, blob_id: str) -> int:
         """A descriptor of the blob, which is what it was before; the caller closes it."""

@@ -55,6 +55,10 @@ class OpaqueLayers:
     stated: bool
 
 
+class OrdinaryImage(UnsupportedImage):
+    """An image of ordinary layers: sound, but to be converted first."""
+
+
 def this_platform() -> str:
     """``linux/ARCH`` of this machine, in OCI's words."""
     machine = _platform.machine()
@@ -68,7 +72,7 @@ def choose(index: Index, platform: str, name: str) -> Descriptor:
         UnsupportedImage: There is none; says for what there are.
     """
     images = [d for d in index.manifests if not (d.platform and d.platform.os == "unknown")]  # attestations
-    fitting = [d for d in images if _fits(d, platform)]
+    fitting = [d for d in images if fits(d, platform)]
     if not fitting:
         known = ", ".join(sorted({str(d.platform) for d in images if d.platform})) or "nothing"
         raise UnsupportedImage(f"{name}: not made for {platform}, but for {known}")
@@ -81,7 +85,8 @@ def is_nydus(descriptor: Descriptor) -> bool:
     return descriptor.artifact_type == NYDUS_ARTIFACT or NYDUS_FEATURE in (features or ())
 
 
-def _fits(descriptor: Descriptor, platform: str) -> bool:
+def fits(descriptor: Descriptor, platform: str) -> bool:
+    """True if *descriptor*, of an index, is for *platform* (``os/arch[/variant]``), or does not say."""
     stated = descriptor.platform
     if stated is None or not (stated.os or stated.architecture):
         return True
@@ -107,7 +112,7 @@ def classify(document: Document, manifest: Manifest) -> NydusLayers | OpaqueLaye
     if not opaque or len(opaque) != len(layers):
         if any(d.annotation(NYDUS_BOOTSTRAP) or d.annotation(NYDUS_BLOB) for d in layers):
             raise CorruptImage(f"{name}: a Nydus image whose last layer is not the bootstrap")
-        raise UnsupportedImage(f"{name}: an ordinary OCI image, not lazily mountable", hint=CONVERT_HINT)
+        raise OrdinaryImage(f"{name}: an ordinary OCI image, not lazily mountable", hint=CONVERT_HINT)
     stated = any(says_erofs(d) for d in layers)
     if packed := [d.media_type for d in layers if _is_compressed(d)]:
         raise UnsupportedImage(f"{name}: {packed[0]} is compressed as a whole and cannot be read in parts")

@@ -45,7 +45,7 @@ class LayoutBackend(LocalBackend):
     def _fetch_document(self, selector: str | None) -> Document:
         if selector is not None and ":" in selector:
             return self._read_document(selector, "")
-        index = parse_index(self._read(self._path / "index.json"), f"{self.name}: index.json")
+        index = parse_index(self._read("index.json"), f"{self.name}: index.json")
         if selector is None:
             chosen = self._only(index)
         else:
@@ -75,10 +75,11 @@ class LayoutBackend(LocalBackend):
 
     def _read_document(self, digest: str, media_type: str) -> Document:
         algorithm, _, name = digest.partition(":")
-        body = self._read(self._path / "blobs" / algorithm / name)
+        body = self._read(f"blobs/{algorithm}/{name}")
         return checked_document(body, media_type, digest, f"{self.name}@{digest}")
 
-    def _read(self, path: Path) -> bytes:
+    def _read(self, name: str) -> bytes:
+        path = self._path / name
         try:
             with path.open("rb") as file:
                 body = file.read(INDEX_MAX + 1)

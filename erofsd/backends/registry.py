@@ -6,7 +6,7 @@ the registry asks for it. Source: opencontainers/distribution-spec, "Pull".
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 from aiohttp import ClientResponse
@@ -38,16 +38,18 @@ class RegistryBackend:
 
     Args:
         reference: Only host and repository matter.
+        scopes: What to ask a token server for; without any, to pull from this repository.
     """
 
-    def __init__(self, reference: RegistryReference, settings: SourceSettings) -> None:
+    def __init__(
+        self, reference: RegistryReference, settings: SourceSettings, scopes: Sequence[str] = ()
+    ) -> None:
         host = reference.host
         registry = settings.registry(host)
         self._name = f"docker://{host}/{reference.repository}"
         self._client = HttpClient(HttpLimits.of(settings), ca=registry.ca)
-        self._auth = Authorizer(
-            self._client, host, f"repository:{reference.repository}:pull", registry, settings
-        )
+        scopes = scopes or (f"repository:{reference.repository}:pull",)
+        self._auth = Authorizer(self._client, host, scopes, registry, settings)
         endpoint = DOCKER_HUB_ENDPOINT if host == DOCKER_HUB else host
         self._scheme = "http" if registry.plain_http else "https"
         # On a loopback address the first answer decides between TLS and plain HTTP, as with docker.
@@ -116,14 +118,29 @@ class RegistryBackend:
 
     async def _request(self, path: str, method: str, headers: Mapping[str, str]) -> ClientResponse:
         """Send a request for *path* below the repository, with whatever authorization it takes."""
+
+        async def send(authorization: str | None) -> ClientResponse:
+            return await self._client.follow(method, self._url(path), headers, authorization=authorization)
+
+        return await self._authorized(send, lambda: self._url(path))
+
+    async def _authorized(
+        self, send: Callable[[str | None], Awaitable[ClientResponse]], where: Callable[[], URL]
+    ) -> ClientResponse:
+        """The answer to *send*, which is called again as TLS and authorization are found out.
+
+        Args:
+            send: Sends the request, with the given Authorization.
+            where: URL of the request, as it is now known.
+        """
         refusals = 0
         while True:
             scheme = self._scheme
             generation = self._auth.generation
             authorization = await self._auth.current()
-            url = self._url(path)
+            url = where()
             try:
-                response = await self._client.follow(method, url, headers, authorization=authorization)
+                response = await send(authorization)
             except TlsRefused:
                 if self._undecided:
                     self._settle("http")

@@ -52,6 +52,13 @@ class Health:
         self.failed_at = monotonic()
 
 
+def pause_s(exc: BackendTemporary, attempt: int, backoff_s: float = BACKOFF_S) -> float:
+    """Seconds to wait after try number *attempt* failed with *exc*."""
+    # Half of it random, so that readers whom one fault has struck do not come back as one.
+    delay_s: float = min(backoff_s * 2 ** (attempt - 1), BACKOFF_MAX_S) * random.uniform(0.5, 1.0)
+    return delay_s if exc.retry_after_s is None else max(delay_s, exc.retry_after_s)
+
+
 class RetryBackend(BackendWrapper):
     """Repeats what failed with BackendTemporary, later and later; nothing else is worth another try.
 
@@ -119,9 +126,6 @@ class RetryBackend(BackendWrapper):
         self.health.failed(exc)
         if attempt >= self.attempts:
             raise exc
-        # Half of it random, so that readers whom one fault has struck do not come back as one.
-        delay_s = min(self._backoff_s * 2 ** (attempt - 1), BACKOFF_MAX_S) * random.uniform(0.5, 1.0)
-        if exc.retry_after_s is not None:
-            delay_s = max(delay_s, exc.retry_after_s)
+        delay_s = pause_s(exc, attempt, self._backoff_s)
         log.info("fetch.retried", backend=self.name, attempt=attempt, reason=str(exc), **where)
         await asyncio.sleep(delay_s)

@@ -6,7 +6,7 @@ import errno
 import ipaddress
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -71,22 +71,36 @@ class HttpClient:
         self._limits = limits
         self._ca = ca
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
         self._proxies: dict[tuple[str, str | None], URL | None] = {}
         self._targets: dict[tuple[str, URL], URL] = {}  # where a redirect led the last time
         self.requests = 0
         self.transferred_bytes = 0
 
     async def send(
-        self, method: str, url: URL, headers: Mapping[str, str], *, form: Mapping[str, str] | None = None
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        *,
+        form: Mapping[str, str] | None = None,
+        body: bytes | AsyncIterable[bytes] | None = None,
+        answer_s: float | None = None,
     ) -> ClientResponse:
         """Send one request; return when the answer's headers are here. Redirects are answers.
 
         The caller closes or releases the response.
 
+        Args:
+            body: Sent as it is; for pieces *headers* state the length.
+            answer_s: How long the other side may think once it has all of the request; None: as always.
+
         Raises:
             BackendTemporary: No answer; TlsRefused if TLS was the reason.
             SourceError: The other side cannot be trusted, or the URL cannot be.
         """
+        if self._closed:
+            raise SourceError(f"{plain(url)}: nobody uses this source any more")
         session = self._session or self._start()
         self.requests += 1
         try:
@@ -95,7 +109,8 @@ class HttpClient:
                 method,
                 url,
                 headers=headers,
-                data=form,
+                data=form if form is not None else body,
+                timeout=self._timeout(answer_s),
                 allow_redirects=False,
                 proxy=self._proxy(url),
                 ssl=_tls(self._ca) if url.scheme == "https" else True,
@@ -156,7 +171,8 @@ class HttpClient:
         return b"".join(pieces)
 
     async def aclose(self) -> None:
-        """Close all connections."""
+        """Close all connections, for good."""
+        self._closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -172,9 +188,7 @@ class HttpClient:
             connector=aiohttp.TCPConnector(
                 limit=0, limit_per_host=limits.connections, keepalive_timeout=IDLE_TIMEOUT_S
             ),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=limits.connect_timeout_s, sock_read=limits.inactivity_s
-            ),
+            timeout=self._timeout(None),
             headers={"User-Agent": f"erofsd/{erofsd.__version__}", "Accept-Encoding": "identity"},
             skip_auto_headers=("Content-Type",),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -182,6 +196,12 @@ class HttpClient:
             read_bufsize=READ_BUFFER_SIZE,
         )
         return self._session
+
+    def _timeout(self, answer_s: float | None) -> aiohttp.ClientTimeout:
+        limits = self._limits
+        return aiohttp.ClientTimeout(
+            total=None, sock_connect=limits.connect_timeout_s, sock_read=answer_s or limits.inactivity_s
+        )
 
     def _proxy(self, url: URL) -> URL | None:
         """The proxy that the environment names for *url* (``https_proxy``, ``no_proxy`` and so on)."""

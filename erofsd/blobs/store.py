@@ -218,7 +218,7 @@ class StoredBlob:
 
     @property
     def fd(self) -> int:
-        """Open for reading and writing, from before any mark."""
+        """Open for reading and writing, from before any mark. Of the map, in a store without data."""
         return self._fd
 
     def use_fd(self, fd: int) -> None:
@@ -228,8 +228,8 @@ class StoredBlob:
 
     @property
     def complete(self) -> bool:
-        """True if every chunk that any image states of it is present."""
-        return not self.spoilt and all(not tally.missing_count for tally in self.tallies)
+        """True if every chunk that any image states of it is present; not if none is bound to it."""
+        return not self.spoilt and bool(self.tallies) and all(not t.missing_count for t in self.tallies)
 
     def mark(self, chunks: Sequence[int], epoch: int) -> None:
         """Make *chunks* present for all bindings: their data are verified, written and persisted."""
@@ -340,13 +340,18 @@ class BlobStore:
         directory: Made if it is not there.
         held: Descriptors that a predecessor's keeper has preserved, by `StoredBlob.name`; consulted, never
             changed. A blob that uses one closes it like its own.
+        keeps_data: False where the data are elsewhere, in files of the kernel: then there are maps only, and
+            what a map says is compared with the data when the kernel opens the object.
 
     Raises:
         OSError: The directory cannot be made or used.
     """
 
-    def __init__(self, directory: Path, *, held: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, held: Mapping[str, int] | None = None, keeps_data: bool = True
+    ) -> None:
         self.directory = directory
+        self._keeps_data = keeps_data
         self._held = {} if held is None else held
         self._open: dict[str, StoredBlob] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -357,6 +362,10 @@ class BlobStore:
     def path(self, name: str) -> Path:
         """The data file of the stored blob *name*."""
         return self.directory / f"{name}.data"
+
+    def opened(self, name: str) -> StoredBlob | None:
+        """The stored blob *name*, if it is open."""
+        return self._open.get(name)
 
     def names(self) -> list[str]:
         """Names of all stored blobs, open or not."""
@@ -427,6 +436,10 @@ class BlobStore:
             if not chunk_map.claim(layout):
                 chunk_map.close()
                 return None
+            if not self._keeps_data:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                blob = self._open[name] = StoredBlob(self, name, layout, identity, fd, chunk_map)
+                return blob
             return self._with_data(name, layout, identity, chunk_map)
         except BaseException:
             chunk_map.close()

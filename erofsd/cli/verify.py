@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from erofsd.backends.base import Backend
 from erofsd.backends.measured import streaming
 from erofsd.blobs.layout import BlobLayout
+from erofsd.blobs.units import decode_unit, verify_chunk
 from erofsd.errors import BlobCorrupt, CorruptImage, ImageRefused
-from erofsd.fill.work import DIGESTERS, UNIT_SIZE_MAX, codec_named
 from ondemand.ranges import Range
 
 RUN_SIZE = 4 << 20
@@ -60,41 +60,6 @@ def runs_of(layout: BlobLayout, units: list[int]) -> Iterator[Run]:
         stop = max(stop, end)
     if members:
         yield Run(Range(start, stop), tuple(members))
-
-
-def decode_unit(layout: BlobLayout, unit: int, stored: memoryview) -> memoryview:
-    """Decompress one unit.
-
-    Raises:
-        BlobCorrupt: It does not give what the image says.
-    """
-    size = layout.unit_size[unit]
-    if size > UNIT_SIZE_MAX:
-        raise BlobCorrupt(f"a unit of {size} bytes is larger than any that is made")
-    if not layout.unit_packed[unit]:
-        if len(stored) != size:
-            raise BlobCorrupt(f"{len(stored)} bytes stored as they are, not {size}")
-        return stored
-    decoded = memoryview(bytearray(size))
-    codec_named(layout.codec).decompress_into(stored, decoded)
-    return decoded
-
-
-def verify_chunk(layout: BlobLayout, chunk: int, decoded: memoryview) -> None:
-    """Compare *chunk*, in its decoded unit, with the digest that the image states.
-
-    Raises:
-        BlobCorrupt: It is another one.
-    """
-    start, size = layout.chunk_at[chunk], layout.chunk_size[chunk]
-    data = decoded[start : start + size]
-    if len(data) != size:
-        raise BlobCorrupt(f"its unit ends {size - len(data)} bytes before it does")
-    if layout.digester is None:
-        return
-    found, stated = DIGESTERS[layout.digester](data), layout.digest(chunk)
-    if found != stated:
-        raise BlobCorrupt(f"{layout.digester} is {found.hex()}, the image says {stated.hex()}")
 
 
 def name_chunk(layout: BlobLayout, chunk: int, backend: Backend) -> str:

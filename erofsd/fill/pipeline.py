@@ -23,11 +23,12 @@ import structlog
 
 from erofsd.blobs.layout import BlobLayout
 from erofsd.blobs.store import BLOCK_SIZE, StoredBlob, aligned
+from erofsd.blobs.units import UNIT_SIZE_MAX
 from erofsd.errors import BackendTemporary, BlobCorrupt, ErofsdError, UnsupportedImage
 from erofsd.fill.bounds import Budget, Threads
 from erofsd.fill.flight import Flight, GivenUp, Landings
 from erofsd.fill.statistics import FillStatistics, ImageStatistics, SourceGauge
-from erofsd.fill.work import UNIT_SIZE_MAX, Buffers, Job, Part
+from erofsd.fill.work import Buffers, Job, Part
 from ondemand.provider import Sink
 
 # Decoded. A hop to a thread and back costs 30-60 us, decoding, verifying and writing 64 KiB 150-250 us (zstd,

@@ -23,7 +23,7 @@ from erofsd.fill.pipeline import MEMORY_LIMIT, Pipeline, Target, default_workers
 from erofsd.fill.plan import DEFAULT_POLICY, Policy, Run, Stream, Streams
 from erofsd.fill.prefetch import Progress, fetch_all
 from erofsd.fill.statistics import FillStatistics, ImageStatistics, Wait
-from ondemand.errors import FillError
+from ondemand.errors import FillError, NobodyReads
 from ondemand.provider import ObjectKey, Sink
 from ondemand.ranges import Range
 
@@ -33,6 +33,10 @@ SAME_ERROR_S = 10.0  # a full disk fails every read: it is logged once in this t
 SHY_S = 2.0  # after a flight of the background failed, nothing is fetched ahead of readers of that blob
 
 log = structlog.get_logger("erofsd.fill")
+
+
+class Unstated(CorruptImage):
+    """No image says what belongs there, so nobody reads it by an image."""
 
 
 class _Object(Target):
@@ -49,6 +53,10 @@ class _Object(Target):
     def first_missing(self, chunks: range) -> int:
         """The first of *chunks* that is not present; -1 if all are."""
         return self.blob.map.present.find(0, chunks.start, chunks.stop)
+
+    def is_stated(self, chunk: int) -> bool:
+        """True if an image says what belongs there."""
+        return any(tally.layout.stated[chunk] for tally in self.blob.tallies)
 
     def missing(self, chunks: range) -> list[int]:
         """Those of *chunks* that are not present."""
@@ -119,6 +127,13 @@ class FillProvider:
         if blob.complete:
             self._landed(blob)
 
+    def can_fill(self, key: ObjectKey, want: Range) -> bool:
+        """True if *key* is served, and for every chunk of *want* some image says what belongs there."""
+        target = self._objects.get(key)
+        if target is None:
+            return False
+        return all(map(target.is_stated, target.missing(target.blob.layout.chunks_in(want))))
+
     def attached(self, key: ObjectKey) -> bool:
         """True if *key* is served."""
         return key in self._objects
@@ -132,6 +147,15 @@ class FillProvider:
             target.gone = True
             for flight in target.landings.flights():
                 flight.cancel()
+
+    def release(self, binding: Binding) -> None:
+        """Its image does not use the blob any more: nothing more is fetched from its source."""
+        binding.release()
+        target = self._by_blob.get(binding.blob)
+        if target is not None:
+            for flight in target.landings.flights():
+                if flight.binding is binding:
+                    flight.cancel()  # readers of other images look again
 
     def statistics(self, image: str) -> ImageStatistics:
         """What happened for the image that `Binding.image` calls *image*."""
@@ -161,7 +185,7 @@ class FillProvider:
         """
         target = self._objects.get(key)
         if target is None:
-            raise FillError(f"{key}: not served")
+            raise NobodyReads(f"{key}: not served")
         chunks = target.blob.layout.chunks_in(want)
         began, began_at = time.monotonic(), time.time()
         error = ""
@@ -244,9 +268,13 @@ class FillProvider:
             missing = target.missing(chunks)
             if not missing:
                 return
+            wanted = [chunk for chunk in missing if target.is_stated(chunk)]
+            if not wanted:
+                # Nothing can tell right bytes from wrong ones there, and zeros would be a lie.
+                raise Unstated(f"{target.blob.name}: no image states chunk {missing[0]}")
             if target.gone or target.blob.spoilt:
                 raise ErofsdError(f"{target.blob.name}: not served any more")
-            landings = self._landings(target, missing, tried, stream)
+            landings = self._landings(target, wanted, tried, stream)
             await wait_landed(landings, reader=True)
             for landing in landings:
                 error = landing.done.result()
@@ -278,8 +306,7 @@ class FillProvider:
             if chunk not in target.landings:
                 binding = self._choose(target, chunk, tried)
                 if binding is None:
-                    # Nothing can tell right bytes from wrong ones there, and zeros would be a lie.
-                    raise CorruptImage(f"{target.blob.name}: no image states chunk {chunk}")
+                    raise ErofsdError(f"{target.blob.name}: chunk {chunk} has no source")
                 needed.setdefault(binding, []).append(chunk)
         for binding, chunks in needed.items():
             for run in self._plan(target, binding, chunks, stream):
@@ -412,6 +439,8 @@ class FillProvider:
             "backend": ", ".join(sorted({b.source.name for b in stating if b.source is not None})[:3]),
         }
         match exc:
+            case Unstated():
+                return NobodyReads(str(exc))
             case CacheFull():
                 now = time.monotonic()
                 if now - self._full_logged_at >= SAME_ERROR_S:

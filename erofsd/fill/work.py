@@ -7,44 +7,19 @@ is noted in the map that was not written.
 from __future__ import annotations
 
 import errno
-import hashlib
 import mmap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-
-from blake3 import blake3
 
 from erofsd.blobs.chunkmap import ChunkMap
 from erofsd.blobs.layout import BlobLayout
 from erofsd.blobs.store import BLOCK_SIZE, aligned
-from erofsd.codecs.base import CODECS, Codec
-from erofsd.errors import BlobCorrupt, CacheFull, ErofsdError, UnsupportedImage
+from erofsd.blobs.units import DIGESTERS, codec_named
+from erofsd.errors import BlobCorrupt, CacheFull, ErofsdError
 from ondemand.provider import Sink
 
-# Chunks are 16 MiB at most and batches are made of small ones: a unit beyond this is a claim, not data.
-UNIT_SIZE_MAX = 64 << 20
-
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM})
-
-DIGESTERS: dict[str, Callable[[memoryview], bytes]] = {
-    "blake3": lambda data: blake3(data).digest(),
-    "sha256": lambda data: hashlib.sha256(data).digest(),
-}
-
-
-@cache
-def codec_named(name: str) -> Codec:
-    """The one instance of a codec.
-
-    Raises:
-        UnsupportedImage: There is none of that name here.
-    """
-    try:
-        return CODECS[name]()
-    except KeyError:
-        raise UnsupportedImage(f"codec {name} is not known") from None
 
 
 class Buffers:

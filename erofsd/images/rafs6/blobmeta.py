@@ -81,6 +81,19 @@ def parse_blob_meta(name: str, blob: BlobEntry, data: bytes) -> ChunkColumns:
     return columns
 
 
+def cache_form(name: str, blob: BlobEntry, data: bytes) -> bytes:
+    """The chunk information of *blob* as a cache file: what ships beside a bootstrap.
+
+    Args:
+        data: blob.meta, in either form, as ``parse_blob_meta`` accepted it.
+    """
+    if len(data) == _cache_size(blob):
+        return data
+    records = _array(name, blob, data)
+    padding = bytes(-len(records) % fmt.BLOCK_SIZE)
+    return b"".join((records, padding, data[-fmt.META_HEADER.size :]))
+
+
 def _cache_size(blob: BlobEntry) -> int:
     return -(-blob.ci_uncompressed_size // fmt.BLOCK_SIZE) * fmt.BLOCK_SIZE + fmt.META_HEADER.size
 
