@@ -46,6 +46,8 @@ class MountInfo(Struct, frozen=True, kw_only=True):
     """One mounted image, as ``GET /v1/mounts`` and ``erofsd ls --json`` show it.
 
     Attributes:
+        dir: None for an image that is registered (``--prepare``) and not mounted.
+        command: What mounts a registered image.
         total_bytes: Stored (compressed) bytes of the distinct chunks that the image references.
         fetched_bytes: Those of them that are present; equal to *total_bytes* means complete.
         transferred_bytes: What came over the network for this image, metadata included.
@@ -57,7 +59,7 @@ class MountInfo(Struct, frozen=True, kw_only=True):
         source: The backend that chunks come from.
     """
 
-    dir: str
+    dir: str | None
     ref: str
     engine: str
     state: State
@@ -73,10 +75,15 @@ class MountInfo(Struct, frozen=True, kw_only=True):
     mounted_at: float = 0.0
     last_error: str = ""
     source: str = ""
+    command: str = ""
 
 
 class MountRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of ``POST /v1/mounts``. *dir* is absolute, and so is every local path in *ref* and *blobs*."""
+    """Body of ``POST /v1/mounts``. *dir* is absolute, and so is every local path in *ref* and *blobs*.
+
+    Attributes:
+        prepare: Register the image and mount nothing; *dir* is empty.
+    """
 
     ref: str
     dir: str
@@ -84,6 +91,7 @@ class MountRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     blobs: list[str] | None = None
     prefetch: Prefetch = "hints"
     plain_http: bool = False
+    prepare: bool = False
 
 
 class PrefetchRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

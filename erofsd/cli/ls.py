@@ -49,7 +49,7 @@ def _print(mounts: list[MountInfo]) -> None:
     header = ("DIR", "REF", "ENGINE", "STATE", "VERIFIED", "FETCHED", "OF", "%", "WAITS", "ERRORS")
     rows = [
         (
-            m.dir,
+            m.dir or "-",
             m.ref,
             m.engine,
             m.state,

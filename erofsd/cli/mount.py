@@ -19,7 +19,7 @@ from erofsd.cli.options import (
     load_config,
     run_async,
 )
-from erofsd.errors import NotPossibleHere
+from erofsd.errors import NotPossibleHere, UsageError
 
 if TYPE_CHECKING:
     from erofsd.api import MountRequest
@@ -28,7 +28,6 @@ ENGINES = ("auto", "cachefiles", "fanotify", "nbd")
 PREFETCH = ("none", "hints", "all")
 
 NOT_YET = {
-    "cachefiles": "the cachefiles engine is not in this version of erofsd: it comes with the next one",
     "nbd": "the nbd engine is not in this version of erofsd",
 }
 
@@ -47,7 +46,7 @@ erofsd mount --standalone docker://127.0.0.1:5000/app:nydus /mnt/app
 """,
     )
     add_source(parser)
-    parser.add_argument("dir", metavar="DIR", help="directory to mount on")
+    parser.add_argument("dir", metavar="DIR", nargs="?", help="directory to mount on")
     parser.add_argument(
         "--engine", choices=ENGINES, default="auto", help="kernel interface (default: auto, by probing)"
     )
@@ -63,7 +62,7 @@ erofsd mount --standalone docker://127.0.0.1:5000/app:nydus /mnt/app
         help="without a daemon: serve this one mount in the foreground until DIR is unmounted",
     )
     parser.add_argument(
-        "--prepare", action="store_true", help="register the image only, print how to mount it (not yet)"
+        "--prepare", action="store_true", help="register the image only, print the mount(8) command for it"
     )
     add_socket(parser)
     add_config(parser)
@@ -73,10 +72,10 @@ erofsd mount --standalone docker://127.0.0.1:5000/app:nydus /mnt/app
 
 def run(args: argparse.Namespace) -> int:
     """Mount; print what was mounted."""
-    if args.prepare:
-        raise NotPossibleHere(
-            "mount --prepare: not in this version of erofsd", hint="mount without --prepare"
-        )
+    if args.prepare and (args.dir or args.standalone):
+        raise UsageError("mount --prepare: mounts nothing, so neither DIR nor --standalone")
+    if not args.prepare and not args.dir:
+        raise UsageError("mount: DIR is missing", hint="erofsd mount REF DIR")
     if reason := NOT_YET.get(args.engine):
         raise NotPossibleHere(
             f"mount --engine {args.engine}: {reason}",
@@ -100,6 +99,8 @@ async def _mount(args: argparse.Namespace) -> int:
         ) from exc
     if args.json:
         print_json(mounted)
+    elif args.prepare:
+        print(mounted.command)
     else:
         how = f"{mounted.format}, {mounted.engine}, verified: {mounted.verified}"
         here = f"{human(mounted.fetched_bytes)} of {human(mounted.total_bytes)} here"
@@ -123,9 +124,10 @@ def _request(args: argparse.Namespace) -> MountRequest:
 
     return MountRequest(
         ref=absolute_ref(args.ref),
-        dir=absolute(args.dir),
+        dir=absolute(args.dir) if args.dir else "",
         engine=args.engine,
         blobs=absolute_blobs(args.blobs),
         prefetch=args.prefetch,
         plain_http=args.plain_http,
+        prepare=args.prepare,
     )

@@ -28,6 +28,8 @@ class Bar(Protocol):
 
     def refresh(self) -> object: ...
 
+    def update(self, n: float) -> object: ...
+
 
 _COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
 

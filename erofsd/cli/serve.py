@@ -44,6 +44,11 @@ erofsd serve --config ./config.toml --state-dir /srv/erofsd --log-level debug
 def run(args: argparse.Namespace) -> int:
     """Serve until told to stop."""
     import os
+    import signal
+
+    # What is mounted may hang on this process already, when it takes over from another: an order to end waits
+    # until it can be followed. The keeper takes the block away.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
     import msgspec
 

@@ -13,10 +13,12 @@ Order matters at the start, after a predecessor was killed under waiting readers
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,23 +31,30 @@ from erofsd.api import DaemonInfo, MountInfo, MountRequest, PrefetchRequest
 from erofsd.blobs.store import BlobStore, StoredBlob
 from erofsd.config import Config
 from erofsd.daemon import control
+from erofsd.daemon.cookies import Cookies
 from erofsd.daemon.guards import Guards
 from erofsd.daemon.images import ImageLoader
-from erofsd.daemon.keeper import Inheritance
-from erofsd.daemon.link import WorkerLink
+from erofsd.daemon.inheritance import Inheritance
+from erofsd.daemon.keeper import CRASHED
+from erofsd.daemon.link import LinkLost, WorkerLink, send
 from erofsd.daemon.metrics import render
 from erofsd.daemon.mount import Host, Mount
-from erofsd.daemon.mountinfo import MountWatch
+from erofsd.daemon.mountinfo import MountWatch, superblocks
 from erofsd.daemon.mounting import Mounts, resolve
 from erofsd.daemon.prefetching import Prefetcher
+from erofsd.daemon.registering import Registrations
 from erofsd.daemon.state import ImageFiles, MountTable
 from erofsd.errors import ErofsdError
 from erofsd.fill.provider import FillProvider
+from ondemand.engines.cachefiles import CachefilesEngine
 from ondemand.engines.fanotify import FanotifyEngine
-from ondemand.errors import FillError
+from ondemand.errors import FillError, NobodyReads
 from ondemand.journal import Journal
 from ondemand.provider import ObjectKey, Sink
 from ondemand.ranges import Range
+
+HOPELESS = 3  # workers that failed at once, one after the other
+TEXT_MAX = 1000
 
 log = structlog.get_logger("erofsd.app")
 
@@ -55,25 +64,37 @@ class Stopping(Exception):
 
 
 class RestoringProvider:
-    """Lets misses wait for images that are not back yet, instead of failing them."""
+    """Lets misses wait for images that are not back yet, instead of failing them.
 
-    def __init__(self, inner: FillProvider) -> None:
+    Args:
+        in_doubt: Whether somebody may have an object open of whom nothing is known (`Host.doubt`).
+    """
+
+    def __init__(self, inner: FillProvider, in_doubt: Callable[[ObjectKey], bool]) -> None:
         self._inner = inner
+        self._in_doubt = in_doubt
         self.restored = asyncio.Event()
 
     def present(self, key: ObjectKey, want: Range) -> bool:
         return self._inner.present(key, want)
 
     async def fill(self, key: ObjectKey, want: Range, sink: Sink) -> None:
-        if not self._inner.attached(key):
+        if not self._inner.can_fill(key, want):
             await self.restored.wait()
-        await self._inner.fill(key, want, sink)
+        try:
+            await self._inner.fill(key, want, sink)
+        except NobodyReads as exc:
+            if self._in_doubt(key):
+                raise FillError(str(exc)) from exc
+            raise
 
     async def open(self, key: ObjectKey, sink: Sink) -> int:
-        raise FillError(f"{key}: nobody registered it")
+        if not self._inner.attached(key):
+            await self.restored.wait()
+        return await self._inner.open(key, sink)
 
     def closed(self, key: ObjectKey) -> None:
-        """fanotify objects are closed by their owner."""
+        self._inner.closed(key)
 
 
 class Worker:
@@ -84,7 +105,7 @@ class Worker:
         config: Config,
         inheritance: Inheritance,
         end: socket.socket,
-        engine: FanotifyEngine | None,
+        engines: Engines,
         only: MountRequest | None,
     ) -> None:
         self._config = config
@@ -93,21 +114,28 @@ class Worker:
         self._stop = asyncio.Event()
         self._link = WorkerLink(end, on_stop=self._stop.set, on_lost=self._become_keeper)
         state_dir = Path(config.state_dir)
-        self._engine = engine
+        self._engines = engines
         self._provider = FillProvider()
         self._store = BlobStore(state_dir / "blobs", held=inheritance.blobs)
-        self._table = MountTable(state_dir / "mounts.db")
+        self._table = MountTable(state_dir / "mounts.db", served=inheritance.served)
         files = ImageFiles(state_dir / "images")
         self._hosts: dict[str, Host] = {}
         self._guards: Guards | None = None
-        if engine is not None:
+        if engines.fanotify is not None:
             self._guards = self._hosts["fanotify"] = Guards(
-                engine,
+                engines.fanotify,
                 store=self._store,
                 files=files,
                 provider=self._provider,
                 link=self._link,
                 inheritance=inheritance,
+            )
+        if engines.cachefiles is not None:
+            self._hosts["cachefiles"] = Cookies(
+                store=BlobStore(state_dir / "maps", keeps_data=False),
+                files=files,
+                provider=self._provider,
+                scratch=state_dir,
             )
         self._files = files
         self._mounts = Mounts(
@@ -117,25 +145,31 @@ class Worker:
             hosts=self._hosts,
             why_not=inheritance.why_not,
         )
+        self._registrations = Registrations(self._mounts, self._table)
         self._group: asyncio.TaskGroup
+        self._inherited: list[str] = []  # names of the stored blobs that were guarded when we came
 
     async def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
         loop = asyncio.get_running_loop()
         clean = True
         first = not self._inheritance.served
-        provider = RestoringProvider(self._provider)
+        provider = RestoringProvider(self._provider, self._in_doubt)
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                if self._engine is not None and self._guards is not None:
-                    self._take_over(self._engine, self._guards)
-                    group.create_task(self._engine.serve(provider), name="engine")
+                if self._engines.fanotify is not None and self._guards is not None:
+                    self._take_over(self._engines.fanotify, self._guards)
+                if self._engines.cachefiles is not None and not first:
+                    self._engines.cachefiles.restore()
+                for engine in self._engines:
+                    group.create_task(engine.serve(provider), name=engine.name)
                 self._provider.on_complete = self._on_complete
                 group.create_task(self._provider.run(), name="fill")
                 await self._mounts.restore(first=first)
-                provider.restored.set()
                 await self._forget_unused()
+                await self._registrations.restore()
+                provider.restored.set()
                 watch = MountWatch(loop, lambda: self._spawn(self._mounts.look_around()))
                 self._spawn(self._mounts.look_around())
                 group.create_task(self._mounts.release_lingering(), name="lingering")
@@ -150,6 +184,9 @@ class Worker:
                 watch.close()
                 await runner.cleanup()
                 clean = await self._mounts.stop(keep_complete=self._config.keep_mounts)
+                clean &= await self._registrations.stop()
+                if self._guards is not None and superblocks() - self._mounts.superblocks():
+                    clean &= await self._guards.spoil_doubtful()
                 raise Stopping
         except* Stopping:
             pass
@@ -161,32 +198,40 @@ class Worker:
         """Know, before the first event is answered, every file that it may be about."""
         for name, fd in self._inheritance.blobs.items():
             guards.adopt(name, fd)
+            self._inherited.append(name)
+        guards.doubt(self._inherited)
         for record in self._table.all():
             for name in set(record.stored) - self._inheritance.blobs.keys():
                 # The keeper lets go after the mark is gone, and that goes when every byte is there.
                 engine.vouch(str(self._store.path(name)))
 
+    def _in_doubt(self, key: ObjectKey) -> bool:
+        return self._guards is not None and self._guards.in_doubt(key)
+
     def _spawn(self, work: Awaitable[None]) -> None:
         async def run() -> None:
-            await work
+            try:
+                await work
+            except (ErofsdError, LinkLost, OSError) as exc:
+                log.error("task.failed", error=str(exc) or repr(exc))
 
         self._group.create_task(run())
 
     async def _forget_unused(self) -> None:
-        self._files.remove_others({record.image for record in self._table.all()})
-        if self._guards is None:
-            return
-        used = {blob.name for mount in self._mounts for blob in mount.blobs}
-        failed = any(mount.image is None for mount in self._mounts)
-        for name in set(self._inheritance.blobs) - used:
-            if not failed:  # a mount that failed to come back may still be mounted, and need its guard
-                await self._guards.forget(name)
+        records = self._table.all()
+        if self._table.damaged:
+            return  # mounts may exist that we do not know: they need their guards
+        self._files.remove_others({record.image for record in records})
+        if self._guards is not None:
+            known = {name for record in records for name in record.stored}
+            strangers = superblocks() - self._mounts.superblocks()
+            await self._guards.settle(n for n in self._inherited if n in known or not strangers)
 
     async def _mount_only(self, request: MountRequest, *, first: bool) -> None:
         try:
             mount = await self.mount(request)
         except ErofsdError as exc:
-            self._link.failed(msgspec.json.encode(control.reply(exc)).decode())
+            self._link.failed(_encoded(exc))
             self._stop.set()
             return
         if first:  # the first worker tells it, replacements go on in silence
@@ -215,17 +260,21 @@ class Worker:
             version=__version__,
             pid=os.getpid(),
             keeper_pid=os.getppid(),
-            engines=["fanotify"] if self._engine is not None else [],
+            engines=list(self._hosts),
             state_dir=str(self._config.state_dir),
             deadline=self._config.deadline,
         )
 
     def mounts(self) -> list[MountInfo]:
         """See `control.Service`."""
-        return [self._mounts.describe(mount) for mount in self._mounts]
+        self._registrations.look_around()
+        registered = [self._registrations.describe(mount) for mount in self._registrations]
+        return [self._mounts.describe(mount) for mount in self._mounts] + registered
 
     async def mount(self, request: MountRequest) -> MountInfo:
         """See `control.Service`."""
+        if request.prepare:
+            return self._registrations.describe(await self._registrations.add(request))
         mount = await self._mounts.mount(request)
         if request.prefetch != "none":
             self._spawn(self._prefetch_quietly(mount, request.prefetch))
@@ -233,14 +282,20 @@ class Worker:
 
     async def umount(self, directory: str) -> None:
         """See `control.Service`."""
-        await self._mounts.umount(directory)
+        if not directory.startswith("/"):
+            await self._registrations.remove(directory)
+        elif (mount := self._registrations.mounted_at(await resolve(directory))) is not None:
+            await self._registrations.unmount(mount)
+        else:
+            await self._mounts.umount(directory)
 
     async def prefetch(
         self, request: PrefetchRequest, progress: Callable[[int, int], Awaitable[None]]
     ) -> None:
         """See `control.Service`."""
         if request.target.startswith("/"):
-            mount = self._mounts.find(await resolve(request.target))
+            directory = await resolve(request.target)
+            mount = self._mounts.find(directory) or self._registrations.mounted_at(directory)
             if mount is not None:
                 await self._prefetch(mount, request.files, progress)
                 return
@@ -272,35 +327,80 @@ class Worker:
 
     def metrics(self) -> bytes:
         """See `control.Service`."""
-        return render(self.mounts(), self._engine.statistics if self._engine else None)
+        return render(self.mounts(), {engine.name: engine.statistics for engine in self._engines})
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """The engines of one worker; None where this kernel has none."""
+
+    fanotify: FanotifyEngine | None
+    cachefiles: CachefilesEngine | None
+
+    def __iter__(self) -> Iterator[FanotifyEngine | CachefilesEngine]:
+        return iter([engine for engine in (self.fanotify, self.cachefiles) if engine is not None])
+
+    @classmethod
+    def of(cls, inheritance: Inheritance, deadline_s: float) -> Engines:
+        """First thing in a worker: stale event numbers are occupied before anything opens a descriptor."""
+        fanotify: FanotifyEngine | None = None
+        cachefiles: CachefilesEngine | None = None
+        if (group := inheritance.engines.get("fanotify")) is not None:
+            fanotify = FanotifyEngine(group, Journal(inheritance.journal), deadline_s=deadline_s)
+            inheritance.blobs = fanotify.recover(inheritance.blobs)
+        if (device := inheritance.engines.get("cachefiles")) is not None:
+            cachefiles = CachefilesEngine(device, deadline_s=deadline_s)
+        return cls(fanotify, cachefiles)
 
 
 def run_worker(
-    config: Config, inheritance: Inheritance, end: socket.socket, only: MountRequest | None
+    config: Config,
+    inheritance: Inheritance,
+    end: socket.socket,
+    only: MountRequest | None,
+    *,
+    failures: int = 0,
 ) -> NoReturn:
-    """The forked child's whole life."""
-    code = 1
+    """The forked child's whole life.
+
+    Args:
+        failures: How many workers before this one have ended by themselves as soon as they were started.
+    """
+    code = CRASHED
+    engines: Engines | None = None
     try:
-        engine: FanotifyEngine | None = None
-        if (group := inheritance.engines.get("fanotify")) is not None:
-            engine = FanotifyEngine(group, Journal(inheritance.journal), deadline_s=config.deadline)
-            inheritance.blobs = engine.recover(inheritance.blobs)
-        code = uvloop.run(_run(config, inheritance, end, engine, only))
+        engines = Engines.of(inheritance, config.deadline)
+        code = uvloop.run(_run(config, inheritance, end, engines, only))
     except ErofsdError as exc:
         log.error("worker.failed", error=str(exc), hint=exc.hint)
+        if not (inheritance.served or inheritance.blobs):  # nothing is guarded: the keeper may give up
+            with contextlib.suppress(LinkLost):
+                send(end, "failed", _encoded(exc))
     except BaseException:
         log.exception("worker.crashed")
     finally:
+        if code == CRASHED and failures >= HOPELESS and engines is not None:
+            # The next one will fare no better: EIO now, rather than a wait for it.
+            for engine in engines:
+                with contextlib.suppress(Exception):
+                    asyncio.run(engine.aclose(deny=True))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # never unwind into the keeper's frames below us
+
+
+def _encoded(exc: ErofsdError) -> str:
+    """An ErrorReply of bounded size, for the keeper."""
+    reply = control.reply(exc)
+    short = msgspec.structs.replace(reply, error=reply.error[:TEXT_MAX], hint=reply.hint[:TEXT_MAX])
+    return msgspec.json.encode(short).decode()
 
 
 async def _run(
     config: Config,
     inheritance: Inheritance,
     end: socket.socket,
-    engine: FanotifyEngine | None,
+    engines: Engines,
     only: MountRequest | None,
 ) -> int:
-    return await Worker(config, inheritance, end, engine, only).run()
+    return await Worker(config, inheritance, end, engines, only).run()

@@ -4,27 +4,33 @@ The kernel asks nobody about a file that carried no mark when it was opened, and
 nobody holds the group. So, for each blob, in this order and never another:
 
     open it, before any mark -> the keeper holds that descriptor -> mark -> mount(2)
-    every stated chunk present, verified and durable, no mount under way -> unmark -> the keeper lets go
+    every stated chunk present, verified and durable, no mount under way, no doubt -> unmark -> ...
     superblock gone -> unmark -> the keeper lets go -> close
 
 Every blob is marked before every mount, complete or not: a mark that is set later would not reach that mount.
+
+A blob is in *doubt* while a superblock may have it open of which it is not known which chunks it needs: after
+a worker's death until all mounts are back, and as long as one of them has failed to come back. Another image
+may have all that it wants of the same blob then, and be unmounted; the guard stays.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 import structlog
 
 from erofsd.blobs.store import BlobStore, StoredBlob
 from erofsd.daemon.images import OpenedImage
-from erofsd.daemon.keeper import Inheritance
+from erofsd.daemon.inheritance import Inheritance
 from erofsd.daemon.link import WorkerLink
-from erofsd.daemon.mount import Mount
+from erofsd.daemon.mount import Mount, in_thread
 from erofsd.daemon.state import ImageFiles
+from erofsd.errors import NotPossibleHere
 from erofsd.fill.provider import FillProvider
 from erofsd.images.base import Image
 from ondemand import syscalls
@@ -63,6 +69,7 @@ class Guards:
         self._guarded: set[str] = set()
         self._locks: dict[str, asyncio.Lock] = {}
         self._pins: Counter[str] = Counter()
+        self._doubts: Counter[str] = Counter()
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
@@ -83,6 +90,10 @@ class Guards:
             mount.bindings.append(binding)
             blob = binding.blob
             self._provider.attach(object_key(blob.name), blob, FileSink(blob.fd))
+
+    def options(self, mount: Mount) -> str:
+        """See Host: what is marked before it is mounted is mounted by us."""
+        raise NotPossibleHere("engine fanotify: a plain mount(8) of a lazy image would read zeros")
 
     async def prepare(self, mount: Mount) -> None:
         """See Host. The kernel reads the metadata of a primary image without asking: they must be there."""
@@ -105,7 +116,7 @@ class Guards:
             for blob in blobs:
                 await self.relax(blob)
 
-    def mount(self, mount: Mount) -> None:
+    async def mount(self, mount: Mount) -> None:
         """See Host."""
         assert mount.image is not None
         paths = [str(binding.blob.path) for binding in mount.bindings]
@@ -113,7 +124,7 @@ class Guards:
             source = str(self._files.bootstrap_path(mount.record.image))
         else:
             source = paths.pop(0)
-        syscalls.mount_erofs(source, mount.record.dir, paths)
+        await in_thread(syscalls.mount_erofs, source, mount.record.dir, paths)
 
     async def relax(self, blob: StoredBlob) -> None:
         """See Host."""
@@ -126,15 +137,15 @@ class Guards:
             log.error("blob.unflushed", blob_id=blob.name, error=str(exc))
             return
         async with self._lock(blob.name):
-            if blob.complete and not self._pins[blob.name] and blob.name in self._guarded:
+            if blob.complete and not self._is_needed(blob.name) and blob.name in self._guarded:
                 await self._let_go(blob.name)
                 log.info("blob.completed", blob_id=blob.name)
 
     async def drop(self, blob: StoredBlob) -> None:
         """See Host."""
         async with self._lock(blob.name):
-            if blob.bindings:
-                return  # somebody bound it while we waited
+            if blob.bindings or self._doubts[blob.name]:
+                return  # somebody bound it while we waited, or may have it open
             guarded = blob.name in self._guarded
             if guarded:
                 self._unguard(blob.name)
@@ -155,11 +166,48 @@ class Guards:
         self._engine.adopt(object_key(name), fd)
         self._guarded.add(name)
 
-    async def forget(self, name: str) -> None:
-        """Let go of what a dead worker left guarded and no mount needs."""
+    def doubt(self, names: Iterable[str]) -> None:
+        """See Host."""
+        self._doubts.update(names)
+
+    async def settle(self, names: Iterable[str]) -> None:
+        """See Host. What a dead worker left guarded and no mount needs is let go."""
+        names = list(names)
+        self._doubts.subtract(names)
+        for name in names:
+            blob = self.store.opened(name)
+            if blob is None:
+                await self._forget(name)
+            elif blob.bindings:
+                await self.relax(blob)
+            else:
+                await self.drop(blob)
+
+    async def _forget(self, name: str) -> None:
         async with self._lock(name):
-            if name in self._guarded:
+            if name in self._guarded and not self._is_needed(name) and self.store.opened(name) is None:
+                fd = self._inheritance.blobs[name]
                 await self._let_go(name)
+                os.close(fd)
+
+    def in_doubt(self, key: ObjectKey) -> bool:
+        """True between `doubt` and `settle` of what *key* names."""
+        return self._doubts[key.cookie.decode()] > 0
+
+    async def spoil_doubtful(self) -> bool:
+        """Before the group goes: make reads of what may still be open somewhere fail.
+
+        Returns:
+            True if there was nothing of that kind.
+        """
+        names = [name for name in self._guarded if self._doubts[name]]
+        for name in names:
+            log.error("blob.spoilt", blob_id=name)
+            await asyncio.to_thread(self.store.drop, name)
+        return not names
+
+    def _is_needed(self, name: str) -> bool:
+        return bool(self._pins[name] or self._doubts[name])
 
     # -- marks and descriptors --------------------------------------------------------------------------
 

@@ -14,26 +14,27 @@ killed, the other starts its replacement:
   with the same descriptors. To the new keeper that is a worker's death like any other: events which were
   read but not answered are in the journal.
 
-Nobody else may have these descriptors: they are close-on-exec, and neither process forks without exec but for
-the keeper's worker.
+Nobody else may have these descriptors, but for the service manager (`inheritance`): they are close-on-exec,
+and neither process forks without exec but for the keeper's worker.
+
+Under systemd the manager's store is the third holder. The keeper has a descriptor stored before it says that
+it holds it, and goes on when the manager has confirmed that: a mount waits for it, a miss never does.
+SIGUSR1 means: leave everything to the successor. That is the next start of the service, which finds it in the
+store; without a store the keeper executes itself anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
+import faulthandler
 import gc
 import hashlib
-import json
 import os
 import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,147 +44,25 @@ import structlog
 from erofsd.api import ErrorReply, MountRequest
 from erofsd.config import Config
 from erofsd.daemon import link
+from erofsd.daemon.inheritance import ENDS, ORDERS, STRAYS, Inheritance, hidden, note_served, obtain
+from erofsd.daemon.pulse import Due, Pulse
+from erofsd.daemon.systemd import ManagerSilent, ServiceManager, short_name
 from erofsd.errors import ErofsdError
-from ondemand.engines import fanotify, probe
-from ondemand.errors import EngineUnavailable
-from ondemand.journal import Journal
+from ondemand.engines import fanotify
 
-INHERITANCE_ENVIRONMENT = "EROFSD_INHERITANCE"  # number of a memfd that holds an Inheritance as JSON
+CRASHED = 70  # exit code of a worker that did not mean to end; EX_SOFTWARE of sysexits.h
 FAST_EXIT_S = 1.0  # a worker that ends by itself sooner than this is failing, not being killed
 BACKOFF_MAX_S = 5.0
+PATIENCE_MAX_S = 30.0
+"""A worker that is silent for so long is hung; under a watchdog, half its interval if that is less."""
+
+FIRST_FAILURES_MAX = 4  # before anything is guarded
 
 log = structlog.get_logger("erofsd.keeper")
 
 
-@dataclass(slots=True)
-class Inheritance:
-    """Descriptors that outlive any one process; the numbers are the owner's own.
-
-    Attributes:
-        engines: Name of each engine that works here to the descriptor that its requests come from:
-            fanotify's group, the cachefiles device.
-        why_not: Name of each other engine to reason and remedy.
-        journal: memfd of the journal.
-        listener: The API's listening Unix socket.
-        lock: The lock on the state directory.
-        blobs: Name of a stored blob to a descriptor of it, opened before its mark.
-        served: True once a worker has served with these: what is mounted was guarded ever since.
-    """
-
-    engines: dict[str, int]
-    why_not: dict[str, Sequence[str]]
-    journal: int
-    listener: int
-    lock: int
-    blobs: dict[str, int] = field(default_factory=dict)
-    served: bool = False
-
-    def descriptors(self) -> list[int]:
-        """All of them."""
-        return [self.journal, self.listener, self.lock, *self.engines.values(), *self.blobs.values()]
-
-    def execute_keeper(self) -> NoReturn:
-        """Become the keeper: execute this program anew with these descriptors.
-
-        Raises:
-            OSError: The program is not there any more.
-        """
-        memory = os.memfd_create("erofsd-inheritance", 0)
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        os.write(memory, json.dumps(fields).encode())
-        for fd in self.descriptors():
-            os.set_inheritable(fd, True)
-        os.execve(
-            sys.executable,
-            [sys.executable, *sys.orig_argv[1:]],
-            {**os.environ, INHERITANCE_ENVIRONMENT: str(memory)},
-        )
-
-    @classmethod
-    def adopt(cls) -> Inheritance | None:
-        """What a predecessor left to this process, if it did."""
-        number = os.environ.pop(INHERITANCE_ENVIRONMENT, None)
-        if number is None:
-            return None
-        with open(int(number), "rb") as memory:
-            memory.seek(0)
-            fields = json.load(memory)
-        # The program may have been replaced in between: what only one of the two versions knows is left out.
-        inheritance = cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
-        for fd in inheritance.descriptors():
-            os.set_inheritable(fd, False)
-        return inheritance
-
-
-def create(config: Config) -> Inheritance:
-    """Make the descriptors of a first keeper.
-
-    Raises:
-        ErofsdError: Another daemon serves this state directory or socket.
-    """
-    state_dir = Path(config.state_dir)
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        os.close(lock)
-        raise ErofsdError(
-            f"another erofsd serves the state directory {state_dir}",
-            hint="use `erofsd ls` to see it, or give this one its own --state-dir and --socket",
-        ) from exc
-    listener = _listen(Path(config.socket))
-    journal = os.memfd_create("erofsd-journal", os.MFD_CLOEXEC)
-    Journal.create(journal)
-    inheritance = Inheritance({}, {}, journal, listener.detach(), lock)
-    for name, start in STARTERS.items():
-        try:
-            inheritance.engines[name] = start(state_dir)
-        except EngineUnavailable as exc:
-            inheritance.why_not[name] = (exc.reason, exc.hint)
-    return inheritance
-
-
-def _start_fanotify(state_dir: Path) -> int:
-    found = probe("fanotify", str(state_dir))
-    if not found.works:
-        raise EngineUnavailable(found.reason, found.hint)
-    return fanotify.open_group()
-
-
-STARTERS: dict[str, Callable[[Path], int]] = {"fanotify": _start_fanotify}
-"""What makes the descriptor of each engine, in the order in which ``auto`` prefers them."""
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.starting")
-
-
-def _listen(path: Path) -> socket.socket:
-    """A listening socket beside *path*, moved there once the worker can answer."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with socket.socket(socket.AF_UNIX) as client:
-        try:
-            client.connect(str(path))
-        except OSError as exc:
-            if exc.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK):
-                raise ErofsdError(f"socket {path}: {exc.strerror}") from exc
-        else:
-            raise ErofsdError(f"another erofsd answers on {path}", hint="give this one its own --socket")
-    listener = socket.socket(socket.AF_UNIX)
-    hidden = _hidden(path)
-    hidden.unlink(missing_ok=True)
-    old_mask = os.umask(0o177)
-    try:
-        listener.bind(str(hidden))
-    except OSError as exc:
-        raise ErofsdError(
-            f"socket {path}: {exc.strerror}", hint="a Unix socket's path has at most 107 bytes"
-        ) from exc
-    finally:
-        os.umask(old_mask)
-    listener.listen(1024)
-    return listener
+def _ended_in_order(status: int) -> bool:
+    return os.WIFEXITED(status) and os.WEXITSTATUS(status) != CRASHED
 
 
 class Failed(ErofsdError):
@@ -197,16 +76,27 @@ class Failed(ErofsdError):
 class Keeper:
     """Forks the worker, holds descriptors for it, and forks it again when it dies."""
 
-    def __init__(self, config: Config, inheritance: Inheritance, only: MountRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        inheritance: Inheritance,
+        manager: ServiceManager,
+        only: MountRequest | None = None,
+    ) -> None:
         self._config = config
         self._inheritance = inheritance
+        self._manager = manager
         self._only = only
         self._failure: ErrorReply | None = None
         self._socket_path = Path(config.socket)
         self._worker_pid = 0
         self._link: socket.socket | None = None
         self._stopping = False
+        self._handing_over = False
+        self._ready = False
         self._failures = 0
+        self._patience_s = min(PATIENCE_MAX_S, (manager.watchdog_s or 2 * PATIENCE_MAX_S) / 2)
+        self._pulse = Pulse(self._patience_s, time.monotonic())
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
@@ -214,23 +104,39 @@ class Keeper:
         for end in (wakeup_read, wakeup_write):
             end.setblocking(False)
         signal.set_wakeup_fd(wakeup_write.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        for number in ORDERS | STRAYS | {signal.SIGCHLD}:
             signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ORDERS)
         self._write_pid("keeper.pid", os.getpid())
         gc.collect()
         gc.freeze()  # shared with every worker: reference counts aside, a fork copies none of it
         while True:
             started = time.monotonic()
-            self._fork_worker([wakeup_read, wakeup_write])
+            try:
+                self._fork_worker([wakeup_read, wakeup_write])
+            except OSError as exc:
+                log.critical("worker.unstarted", error=str(exc))  # no memory, or too many processes
+                time.sleep(BACKOFF_MAX_S)
+                continue
             status = self._attend(wakeup_read)
-            if self._failure is not None or (self._stopping and os.WIFEXITED(status)):
+            if self._failure is not None or (self._stopping and _ended_in_order(status)):
                 # Only an orderly end takes the files away: after any other, the worker goes on with them.
                 self._clean_up()
                 if self._failure is not None:
                     raise Failed(self._failure)
                 return os.WEXITSTATUS(status)
+            if self._handing_over and self._hand_over():
+                return 0
+            self._manager.tell(STATUS="worker lost, starting another")
             log.warning("worker.lost", pid=self._worker_pid, status=os.waitstatus_to_exitcode(status))
             self._back_off(status, time.monotonic() - started)
+            if self._failures >= FIRST_FAILURES_MAX and not self._guards_anything:
+                self._clean_up()
+                raise ErofsdError("the worker cannot start", hint="the log says why")
+
+    @property
+    def _guards_anything(self) -> bool:
+        return self._inheritance.served or bool(self._inheritance.blobs)
 
     def _fork_worker(self, mine: list[socket.socket]) -> None:
         keeper_end, worker_end = link.pair()
@@ -238,23 +144,29 @@ class Keeper:
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            keeper_end.close()
-            signal.set_wakeup_fd(-1)
-            for end in mine:
-                end.close()
-            # A terminal's ^C reaches both processes: the keeper decides, the worker is told.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            from erofsd.daemon.app import run_worker
-
-            run_worker(self._config, self._inheritance, worker_end, self._only)
+            try:
+                for end in (keeper_end, *mine):
+                    end.close()
+                self._be_worker(worker_end)
+            finally:
+                os._exit(CRASHED)  # whatever happens, never go on as a second keeper
         worker_end.close()
         self._link = keeper_end
         self._worker_pid = pid
+        self._pulse = Pulse(self._patience_s, time.monotonic())
         self._write_pid("worker.pid", pid)
         if self._stopping:
-            self._ask_to_stop()
+            self._send("stop")
+
+    def _be_worker(self, end: socket.socket) -> NoReturn:
+        signal.set_wakeup_fd(-1)
+        # A terminal's ^C reaches both processes: the keeper decides, the worker is told.
+        for number in ORDERS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        from erofsd.daemon.app import run_worker
+
+        run_worker(self._config, self._inheritance, end, self._only, failures=self._failures)
 
     def _attend(self, wakeup: socket.socket) -> int:
         """Answer the worker until it ends; returns its wait status."""
@@ -264,7 +176,7 @@ class Keeper:
         poll.register(self._link, select.POLLIN)
         listening = True
         while True:
-            for fd, _events in poll.poll():
+            for fd, _events in poll.poll(self._pulse.wait_s(time.monotonic()) * 1000):
                 if fd == wakeup.fileno():
                     self._on_signals(wakeup.recv(64))
                 elif listening:
@@ -273,12 +185,40 @@ class Keeper:
                     except link.LinkLost:
                         poll.unregister(self._link)
                         listening = False
+                    except Exception:
+                        # To end now would be the worst answer: with the worker dead too, readers get zeros.
+                        log.exception("keeper.confused", worker=self._worker_pid)
             pid, status = os.waitpid(self._worker_pid, os.WNOHANG)
             if pid:
                 if listening:
                     self._drain()
                 self._link.close()
                 return status
+            self._feel_pulse()
+
+    def _feel_pulse(self) -> None:
+        match self._pulse.look(time.monotonic()):
+            case Due.ASK:
+                self._send("ping")
+            case Due.ABORT:
+                log.error("worker.hung", pid=self._worker_pid, silent_s=self._patience_s)
+                os.kill(self._worker_pid, signal.SIGABRT)  # faulthandler writes where
+            case Due.KILL:
+                os.kill(self._worker_pid, signal.SIGKILL)
+            case Due.NOTHING:
+                pass
+
+    def _hand_over(self) -> bool:
+        """Leave all to the successor: True if it is the next start of the service, False if there is none."""
+        log.info("keeper.handed_over", pid=os.getpid(), blobs=len(self._inheritance.blobs))
+        if self._inheritance.stored:
+            return True
+        try:
+            self._inheritance.execute_keeper()
+        except OSError as exc:
+            log.error("keeper.unchanged", error=str(exc), consequence="this version goes on")
+            self._handing_over = False
+            return False
 
     def _drain(self) -> None:
         """Take what the dead worker had sent: a descriptor it asked us to hold may guard a marked blob."""
@@ -289,40 +229,76 @@ class Keeper:
                 self._on_message(link.receive(self._link))
 
     def _on_signals(self, numbers: bytes) -> None:
-        if {signal.SIGTERM, signal.SIGINT} & set(numbers) and not self._stopping:
+        if self._stopping:
+            return
+        if ENDS & set(numbers):
             self._stopping = True
-            self._ask_to_stop()
-
-    def _ask_to_stop(self) -> None:
-        assert self._link is not None
-        with contextlib.suppress(link.LinkLost):
-            link.send(self._link, "stop")
+            self._handing_over = False  # the next worker unmounts
+            self._manager.tell(STOPPING=1, STATUS="unmounting")
+            self._send("stop")
+        elif signal.SIGUSR1 in numbers and not self._handing_over:
+            self._handing_over = True
+            self._manager.tell(STATUS="handing over")
+            os.kill(self._worker_pid, signal.SIGKILL)  # the one way to end that is tried all the time
 
     def _on_message(self, message: link.Message) -> None:
-        assert self._link is not None
-        blobs = self._inheritance.blobs
-        if message.verb == "hold":
-            assert message.fd is not None
-            if (old := blobs.pop(message.name, None)) is not None:
-                os.close(old)
-            blobs[message.name] = message.fd
-            self._answer("held", message.name)
-        elif message.verb == "release":
-            if (old := blobs.pop(message.name, None)) is not None:
-                os.close(old)
-            self._answer("released", message.name)
-        elif message.verb == "ready":
-            self._failures = 0
-            if _hidden(self._socket_path).exists():
-                os.rename(_hidden(self._socket_path), self._socket_path)
-                log.info("keeper.ready", socket=str(self._socket_path), worker=self._worker_pid)
-            self._inheritance.served = True
-        elif message.verb == "finished":
-            self._stopping = True
-        elif message.verb == "failed":
-            self._failure = msgspec.json.decode(message.name, type=ErrorReply)
+        match message.verb:
+            case "hold":
+                # Without a descriptor: there is no number left for it here.
+                held = message.fd is not None and self._hold(message.name, message.fd)
+                self._send("held" if held else "refused", message.name)
+            case "release":
+                self._release(message.name)
+                self._send("released", message.name)
+            case "pong":
+                self._pulse.answered()
+                if self._manager.watchdog_s:
+                    self._manager.tell(WATCHDOG=1)
+            case "ready":
+                self._on_ready()
+            case "finished":
+                self._stopping = True
+            case "failed":
+                self._failure = msgspec.json.decode(message.name, type=ErrorReply)
 
-    def _answer(self, verb: str, name: str) -> None:
+    def _hold(self, name: str, fd: int) -> bool:
+        """Hold *fd*, and have it stored; False, and it is closed, if that cannot be."""
+        blobs = self._inheritance.blobs
+        if (held := blobs.get(name)) is not None and os.path.sameopenfile(held, fd):
+            os.close(fd)  # both are older than the mark; and two of one file are one for some managers
+            return True
+        self._release(name)
+        if self._inheritance.stored:
+            try:
+                stored = self._manager.store(short_name(name), fd)
+            except ManagerSilent as exc:
+                log.error("manager.silent", error=str(exc), blob_id=name)
+                stored = False
+            if not stored:
+                self._manager.drop(short_name(name))
+                os.close(fd)
+                log.error("blob.unguarded", blob_id=name, stored=len(blobs))
+                return False
+        blobs[name] = fd
+        return True
+
+    def _release(self, name: str) -> None:
+        if (held := self._inheritance.blobs.pop(name, None)) is not None:
+            os.close(held)
+            if self._inheritance.stored:
+                self._manager.drop(short_name(name))
+
+    def _on_ready(self) -> None:
+        self._failures = 0
+        if hidden(self._socket_path).exists():
+            os.rename(hidden(self._socket_path), self._socket_path)
+            log.info("keeper.ready", socket=str(self._socket_path), worker=self._worker_pid)
+        if not self._ready:
+            self._ready = True
+            note_served(self._inheritance, self._manager)
+        self._manager.tell(READY=1, STATUS=f"serving, worker {self._worker_pid}")
+
+    def _send(self, verb: str, name: str = "") -> None:
         assert self._link is not None
         with contextlib.suppress(link.LinkLost):
             link.send(self._link, verb, name)
@@ -337,13 +313,16 @@ class Keeper:
     def _write_pid(self, name: str, pid: int) -> None:
         path = self._socket_path.with_name(name)
         temporary = path.with_name(f".{name}.{os.getpid()}")
-        temporary.write_text(f"{pid}\n")
-        temporary.rename(path)
+        try:
+            temporary.write_text(f"{pid}\n")
+            temporary.rename(path)
+        except OSError as exc:  # a full or vanished /run must not end us
+            log.error("pid.unwritten", path=str(path), pid=pid, error=str(exc))
 
     def _clean_up(self) -> None:
         for path in (
             self._socket_path,
-            _hidden(self._socket_path),
+            hidden(self._socket_path),
             self._socket_path.with_name("keeper.pid"),
             self._socket_path.with_name("worker.pid"),
         ):
@@ -361,11 +340,10 @@ def main(config: Config, only: MountRequest | None = None) -> int:
     """
     import erofsd.daemon.app  # noqa: F401  # imported before the fork, so that every worker has it for free
 
+    faulthandler.enable()
     fanotify.raise_descriptor_limit()
-    inheritance = Inheritance.adopt()
-    if inheritance is not None:
-        log.warning("keeper.replaced", pid=os.getpid(), blobs=len(inheritance.blobs))
-    return Keeper(config, inheritance or create(config), only).run()
+    manager = ServiceManager(os.environ)
+    return Keeper(config, obtain(config, manager), manager, only).run()
 
 
 def standalone(config: Config, request: MountRequest) -> int:

@@ -5,26 +5,31 @@ worker asks the keeper to hold a blob's descriptor *before* it marks the blob, a
 mark is gone, so that at every instant in which a mark can stop a reader, somebody who outlives the worker has
 a silent way to write that blob.
 
-| from   | message            | descriptor | answer            |
-|--------|--------------------|------------|-------------------|
-| worker | ``hold NAME``      | the blob's | ``held NAME``     |
-| worker | ``release NAME``   |            | ``released NAME`` |
-| worker | ``ready``          |            |                   |
-| worker | ``finished``       |            |                   |
-| worker | ``failed REPLY``   |            |                   |
-| keeper | ``stop``           |            | the worker's exit |
+| from   | message            | descriptor | answer                            |
+|--------|--------------------|------------|-----------------------------------|
+| worker | ``hold NAME``      | the blob's | ``held NAME`` or ``refused NAME`` |
+| worker | ``release NAME``   |            | ``released NAME``                 |
+| worker | ``ready``          |            |                                   |
+| worker | ``finished``       |            |                                   |
+| worker | ``failed REPLY``   |            |                                   |
+| keeper | ``stop``           |            | the worker's exit                 |
+| keeper | ``ping``           |            | ``pong``                          |
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MESSAGE_MAX_SIZE = 4096
+from erofsd.errors import ErofsdError
+
+MESSAGE_MAX_SIZE = 32 << 10
+LOST_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +105,11 @@ class WorkerLink:
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
     async def hold(self, name: str, fd: int) -> None:
-        """Have the keeper hold a duplicate of *fd* under *name*; returns when it does."""
+        """Have the keeper hold a duplicate of *fd* under *name*; returns when it does.
+
+        Raises:
+            ErofsdError: It cannot, or the service manager cannot.
+        """
         await self._exchange("hold", "held", name, fd)
 
     async def release(self, name: str) -> None:
@@ -127,6 +136,9 @@ class WorkerLink:
         try:
             send(self._sock, verb, name, fd=fd)
             await future
+        except LinkLost as exc:
+            await asyncio.sleep(LOST_S)  # the end of the keeper is about to be noticed
+            raise ErofsdError(f"{name}: the keeper is gone, and none has taken its place") from exc
         finally:
             del self._acknowledgements[answer, name]
 
@@ -141,5 +153,19 @@ class WorkerLink:
             return
         if message.verb == "stop":
             self._on_stop()
+        elif message.verb == "ping":
+            with contextlib.suppress(LinkLost):
+                send(self._sock, "pong")
+        elif message.verb == "refused":
+            self._refuse(message.name)
         elif (future := self._acknowledgements.get((message.verb, message.name))) and not future.done():
             future.set_result(None)
+
+    def _refuse(self, name: str) -> None:
+        if (future := self._acknowledgements.get(("held", name))) and not future.done():
+            future.set_exception(
+                ErofsdError(
+                    f"{name}: the service manager does not hold its descriptor",
+                    hint="raise FileDescriptorStoreMax= in the unit of erofsd, or see the daemon's log",
+                )
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 
 import psutil
@@ -26,32 +26,32 @@ MOUNT_GAUGES = {
 
 
 class _Collector:
-    def __init__(self, mounts: Iterable[MountInfo], engine: EngineStatistics | None) -> None:
+    def __init__(self, mounts: Iterable[MountInfo], engines: Mapping[str, EngineStatistics]) -> None:
         self._mounts = list(mounts)
-        self._engine = engine
+        self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
         labels = ["dir", "ref", "engine"]
         for name, text in MOUNT_COUNTERS.items():
             counter = CounterMetricFamily(f"erofsd_mount_{name}", text, labels=labels)
             for mount in self._mounts:
-                counter.add_metric([mount.dir, mount.ref, mount.engine], getattr(mount, name))
+                counter.add_metric([mount.dir or "", mount.ref, mount.engine], getattr(mount, name))
             yield counter
         for name, text in MOUNT_GAUGES.items():
             gauge = GaugeMetricFamily(f"erofsd_mount_{name}", text, labels=labels)
             for mount in self._mounts:
-                gauge.add_metric([mount.dir, mount.ref, mount.engine], getattr(mount, name))
+                gauge.add_metric([mount.dir or "", mount.ref, mount.engine], getattr(mount, name))
             yield gauge
         states = GaugeMetricFamily("erofsd_mounts", "Mounts by state", labels=["state"])
         for state in ("lazy", "complete", "failed"):
             states.add_metric([state], sum(mount.state == state for mount in self._mounts))
         yield states
-        if self._engine is not None:
-            for field in fields(self._engine):
-                kind = GaugeMetricFamily if field.name in GAUGES else CounterMetricFamily
-                yield kind(
-                    f"erofsd_engine_{field.name}", f"Engine: {field.name}", getattr(self._engine, field.name)
-                )
+        for field in fields(EngineStatistics):
+            kind = GaugeMetricFamily if field.name in GAUGES else CounterMetricFamily
+            family = kind(f"erofsd_engine_{field.name}", f"Engine: {field.name}", labels=["engine"])
+            for name, statistics in self._engines.items():
+                family.add_metric([name], getattr(statistics, field.name))
+            yield family
         yield from _process()
 
 
@@ -67,8 +67,8 @@ def _process() -> Iterator[Metric]:
         yield GaugeMetricFamily("erofsd_descriptors", "Open descriptors of the worker", process.num_fds())
 
 
-def render(mounts: Iterable[MountInfo], engine: EngineStatistics | None) -> bytes:
+def render(mounts: Iterable[MountInfo], engines: Mapping[str, EngineStatistics]) -> bytes:
     """The metrics in Prometheus' text format, version 0.0.4."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(mounts, engine))
+    registry.register(_Collector(mounts, engines))
     return generate_latest(registry)

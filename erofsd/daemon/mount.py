@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from erofsd.backends.measured import MeasuredBackend
 from erofsd.blobs.store import Binding, BlobStore, StoredBlob
@@ -23,6 +26,7 @@ class Mount:
         boot: The bootstrap of RAFS, where the engine serves that, too.
         device: ``major:minor`` of the superblock; empty while it is not mounted here.
         seen_at: Where somebody has mounted a registered image.
+        doubted: Stored blobs that its superblock has open, though it failed to come back (`Host.doubt`).
     """
 
     record: MountRecord
@@ -34,6 +38,7 @@ class Mount:
     device: str = ""
     seen_at: str = ""
     last_error: str = ""
+    doubted: tuple[str, ...] = ()
 
     @property
     def all_bindings(self) -> list[Binding]:
@@ -54,6 +59,16 @@ class Mount:
     def complete(self) -> bool:
         """True if no read of this mount can need the network."""
         return self.image is not None and all(not binding.missing_count for binding in self.bindings)
+
+
+async def in_thread(work: Callable[..., None], *arguments: Any) -> None:
+    """Call *work* in a thread, to its end even if we are cancelled: what it does must be known afterwards."""
+    future = asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))
+    try:
+        await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise
 
 
 class Host(Protocol):
@@ -83,6 +98,14 @@ class Host(Protocol):
         """
         ...
 
+    def options(self, mount: Mount) -> str:
+        """What ``mount -t erofs -o`` needs, where mount(8) can do it.
+
+        Raises:
+            NotPossibleHere: It cannot.
+        """
+        ...
+
     async def prepare(self, mount: Mount) -> None:
         """Do what must be done before mount(2).
 
@@ -95,8 +118,8 @@ class Host(Protocol):
         """While this lasts, mount(2) of *mount* is safe; afterwards it stays so while anything uses it."""
         ...
 
-    def mount(self, mount: Mount) -> None:
-        """mount(2). Blocks.
+    async def mount(self, mount: Mount) -> None:
+        """mount(2).
 
         Raises:
             OSError: Names what was attempted.
@@ -113,4 +136,12 @@ class Host(Protocol):
 
     def spoil(self, blob: StoredBlob) -> None:
         """Make every further read of incomplete *blob* an error. Blocks."""
+        ...
+
+    def doubt(self, names: Iterable[str]) -> None:
+        """Superblocks have the stored blobs *names* open, and nobody can say what they need of them."""
+        ...
+
+    async def settle(self, names: Iterable[str]) -> None:
+        """A `doubt` is over: those superblocks are gone, or are mounts of ours again."""
         ...

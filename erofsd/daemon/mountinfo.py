@@ -19,12 +19,14 @@ class MountPoint:
 
     Attributes:
         device: ``major:minor`` of the superblock.
+        fsid: Of EROFS over fscache, else empty.
     """
 
     directory: str
     device: str
     fstype: str
     source: str
+    fsid: str = ""
 
 
 def _unescape(text: str) -> str:
@@ -41,8 +43,9 @@ def mount_points() -> list[MountPoint]:
         for line in lines:
             before, _, after = line.rstrip("\n").partition(" - ")
             fields = before.split(" ")
-            fstype, source, *_ = after.split(" ")
-            found.append(MountPoint(_unescape(fields[4]), fields[2], fstype, _unescape(source)))
+            fstype, source, options = after.split(" ", 2)
+            fsid = next((o[5:] for o in options.split(",") if o.startswith("fsid=")), "")
+            found.append(MountPoint(_unescape(fields[4]), fields[2], fstype, _unescape(source), fsid))
     return found
 
 

@@ -16,18 +16,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
 
 from erofsd.api import MountInfo, MountRequest
 from erofsd.daemon.images import ImageLoader, OpenedImage
-from erofsd.daemon.mount import Host, Mount
+from erofsd.daemon.mount import Host, Mount, in_thread
 from erofsd.daemon.mountinfo import MountPoint, mount_points, superblocks
 from erofsd.daemon.state import MountRecord, MountTable
 from erofsd.errors import ErofsdError, NotPossibleHere
@@ -36,18 +35,9 @@ from ondemand import syscalls
 
 BUSY_PATIENCE_S = 2.0  # after a lazy unmount: readers that were let go need a moment to close
 LINGER_POLL_S = 0.5
+STACK_MAX = 16  # mounts over mounts that the end takes down with one of ours
 
 log = structlog.get_logger("erofsd.mounting")
-
-
-async def _in_thread(work: Callable[..., None], *arguments: Any) -> None:
-    """Call *work* in a thread, to its end even if we are cancelled: what it does must be known afterwards."""
-    future = asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))
-    try:
-        await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait([future])
-        raise
 
 
 def _device_at(directory: str) -> str:
@@ -94,6 +84,7 @@ class Mounts:
         self._mounts: dict[str, Mount] = {}  # by record.name
         self._locks: dict[str, asyncio.Lock] = {}
         self._gone = asyncio.Event()
+        self._stopping = False
         self._mount_lock = asyncio.Lock()  # one mount(2) at a time: its superblock is the new name in sysfs
 
     def __iter__(self) -> Iterator[Mount]:
@@ -114,7 +105,7 @@ class Mounts:
         Raises:
             ErofsdError: Any of its family; nothing is left behind.
         """
-        host = self._host(request.engine)
+        host = self.host(request.engine)
         directory = await resolve(request.dir)
         async with self._lock(directory):
             if (mount := self._mounts.get(directory)) is not None:
@@ -125,7 +116,8 @@ class Mounts:
                     )
                 if mount.image is not None:
                     return mount
-                await self._forget(mount)  # failed to come back earlier: try afresh
+                await self._unmount(mount)  # failed to come back earlier: try afresh
+                await self._retire(mount)
             if not await asyncio.to_thread(os.path.isdir, directory):
                 raise ErofsdError(f"{directory}: no such directory", hint=f"mkdir -p {directory}")
             if _device_at(directory):
@@ -133,8 +125,12 @@ class Mounts:
             mount = await self._open(request, host, directory)
             try:
                 await self._bring_up(host, mount)
-            except OSError as exc:
-                raise ErofsdError(f"{directory}: {exc.strerror or exc}") from exc
+            except BaseException as exc:
+                await self._take_down(mount)
+                await self._retire(mount)
+                if isinstance(exc, OSError):
+                    raise ErofsdError(f"{directory}: {exc.strerror or exc}") from exc
+                raise
             log.info(
                 "image.mounted", dir=directory, ref=request.ref, format=mount.image and mount.image.format
             )
@@ -162,16 +158,37 @@ class Mounts:
             raise
         return mount
 
+    async def acquire(self, request: MountRequest, engine: str) -> Mount:
+        """An image bound to its blobs and not mounted; `release` it.
+
+        Raises:
+            ErofsdError: Any of its family.
+        """
+        return await self._open(request, self.host(engine), "")
+
+    async def acquire_stored(self, mount: Mount) -> None:
+        """Bind a stored image to the blobs that it had.
+
+        Raises:
+            ErofsdError: As `acquire`.
+        """
+        record = mount.record
+        self._bind(self.host(record.engine), mount, await self._loader.load(record), record.stored)
+
+    async def release(self, mount: Mount) -> None:
+        """Let go of what `acquire` has bound."""
+        await self._release(mount)
+
     @asynccontextmanager
     async def borrowed(self, request: MountRequest) -> AsyncIterator[Mount]:
         """An image bound to its blobs without being mounted, for as long as the context lasts."""
-        mount = await self._open(request, self._host("auto"), "")
+        mount = await self._open(request, self.host("auto"), "")
         try:
             yield mount
         finally:
             await self._release(mount)
 
-    def _host(self, name: str) -> Host:
+    def host(self, name: str) -> Host:
         """The engine called *name*; ``auto`` is the first that works here.
 
         Raises:
@@ -197,30 +214,42 @@ class Mounts:
         mount.record = msgspec.structs.replace(mount.record, stored=names)
 
     async def _bring_up(self, host: Host, mount: Mount) -> None:
-        """Mount what is bound. If that fails, nothing of it is left; if it cannot be undone, it is kept."""
-        try:
-            await host.prepare(mount)
-            async with host.serving(mount):
-                self._table.put(mount.record)
-                async with self._mount_lock:
-                    before = superblocks()
-                    try:
-                        await _in_thread(host.mount, mount)
-                    finally:
-                        new = tuple(sorted(superblocks() - before))
-                        mount.device = _device_at(mount.record.dir)
-                        self._replace(mount, msgspec.structs.replace(mount.record, superblocks=new))
-                self._mounts[mount.record.name] = mount
-        except BaseException:
-            if mount.device:
-                await _in_thread(syscalls.umount2, mount.record.dir, syscalls.MNT_DETACH)
-            await self._retire(mount)
-            raise
+        """Mount what is bound. If that fails, `_take_down` is the caller's to call."""
+        await host.prepare(mount)
+        async with host.serving(mount):
+            self._table.put(mount.record)
+            async with self._mount_lock:
+                before = superblocks()
+                try:
+                    await host.mount(mount)
+                finally:
+                    mount.device = _device_at(mount.record.dir)
+                    # One that this mount had before, and somebody else still has, goes on being its own.
+                    new = superblocks() - before | self._own(mount)
+                    self._replace(
+                        mount,
+                        msgspec.structs.replace(
+                            mount.record, superblocks=tuple(sorted(new)), leaving=not mount.device
+                        ),
+                    )
+            self._mounts[mount.record.name] = mount
+
+    async def _take_down(self, mount: Mount) -> None:
+        """Unmount what `_bring_up` may have mounted before it failed."""
+        if mount.device:
+            try:
+                await in_thread(syscalls.umount2, mount.record.dir, syscalls.MNT_DETACH)
+            except OSError as exc:
+                log.error("mount.stuck", dir=mount.record.dir, errno=exc.errno)
 
     def _replace(self, mount: Mount, record: MountRecord) -> None:
-        self._table.replace(mount.record, record)
-        self._mounts.pop(mount.record.name, None)
-        mount.record = record
+        """Change the record, in memory at once: without its row, `restore` finds out what it needs."""
+        old, mount.record = mount.record, record
+        self._mounts.pop(old.name, None)
+        try:
+            self._table.replace(old, record)
+        except ErofsdError as exc:
+            log.error("mount.unrecorded", dir=record.dir, ref=record.ref, error=str(exc))
 
     # -- umount -----------------------------------------------------------------------------------------
 
@@ -235,16 +264,26 @@ class Mounts:
             mount = self._mounts.get(directory)
             if mount is None:
                 raise ErofsdError(f"{directory}: nothing of erofsd is mounted there", hint="erofsd ls")
-            if self._is_mounted(mount):
-                try:
-                    await asyncio.to_thread(syscalls.umount2, directory, 0)
-                except OSError as exc:
-                    if exc.errno != errno.EBUSY:
-                        raise ErofsdError(f"{directory}: umount: {exc.strerror}") from exc
-                    raise ErofsdError(
-                        f"{directory}: in use", hint=f"who uses it: fuser -vm {directory}"
-                    ) from exc
+            await self._unmount(mount)
             await self._retire(mount)
+
+    async def _unmount(self, mount: Mount) -> None:
+        """umount(2), if it is mounted.
+
+        Raises:
+            ErofsdError: It is in use.
+        """
+        directory = mount.record.dir
+        if not self._is_mounted(mount):
+            return
+        if not self._is_on_top(mount):
+            raise ErofsdError(f"{directory}: something else is mounted over it", hint=f"umount {directory}")
+        try:
+            await in_thread(syscalls.umount2, directory, 0)
+        except OSError as exc:
+            if exc.errno != errno.EBUSY:
+                raise ErofsdError(f"{directory}: umount: {exc.strerror}") from exc
+            raise ErofsdError(f"{directory}: in use", hint=f"who uses it: fuser -vm {directory}") from exc
 
     def _is_mounted(self, mount: Mount, points: list[MountPoint] | None = None) -> bool:
         return any(
@@ -252,15 +291,27 @@ class Mounts:
             for point in (mount_points() if points is None else points)
         )
 
+    @staticmethod
+    def _is_on_top(mount: Mount) -> bool:
+        here = [point.device for point in mount_points() if point.directory == mount.record.dir]
+        return here[-1:] == [mount.device]
+
     def _alive(self, mount: Mount) -> bool:
         """True if the superblock exists, here or in another mount namespace."""
-        return mount.record.boot_id == boot_id() and bool(superblocks() & set(mount.record.superblocks))
+        return bool(self._own(mount))
+
+    @staticmethod
+    def _own(mount: Mount) -> set[str]:
+        """Its superblocks that exist."""
+        if mount.record.boot_id != boot_id():
+            return set()
+        return superblocks() & set(mount.record.superblocks)
 
     async def _retire(self, mount: Mount) -> None:
         """It is unmounted here: forget it, or keep guarding it for those who still have it."""
         directory = mount.record.dir
         if self._alive(mount):
-            self._replace(mount, msgspec.structs.replace(mount.record, lingering=True))
+            self._replace(mount, msgspec.structs.replace(mount.record, lingering=True, leaving=False))
             self._mounts[mount.record.name] = mount
             log.warning("mount.lingering", dir=directory, superblocks=mount.record.superblocks)
         else:
@@ -274,15 +325,22 @@ class Mounts:
             await self._gone.wait()
 
     async def _forget(self, mount: Mount) -> None:
-        self._table.delete(mount.record)
+        try:
+            self._table.delete(mount.record)
+        except ErofsdError as exc:
+            # It is gone, whatever the table says; at worst it comes back with the next start.
+            log.error("mount.remembered", dir=mount.record.dir, ref=mount.record.ref, error=str(exc))
         self._gone.set()
         self._mounts.pop(mount.record.name, None)
         await self._release(mount)
+        if mount.doubted and (host := self._hosts.get(mount.record.engine)) is not None:
+            await host.settle(mount.doubted)
+            mount.doubted = ()
 
     async def _release(self, mount: Mount) -> None:
         blobs = mount.blobs
         for binding in mount.all_bindings:
-            binding.release()
+            self._provider.release(binding)
         mount.bindings.clear()
         mount.boot = None
         host = self._hosts.get(mount.record.engine)
@@ -292,10 +350,13 @@ class Mounts:
         if mount.source is not None:
             await mount.source.aclose()
             mount.source = None
-            self._loader.release(mount.record.image, keep={record.image for record in self._table.all()})
+            with suppress(ErofsdError):  # the table cannot be read: the image stays where it is
+                self._loader.release(mount.record.image, keep={r.image for r in self._table.all()})
 
     async def look_around(self) -> None:
         """Notice what umount(8) took down: it is as good as our own."""
+        if self._stopping:
+            return
         points = mount_points()
         for mount in list(self):
             directory = mount.record.dir
@@ -303,7 +364,7 @@ class Mounts:
                 continue  # whoever has the lock is changing it; the change calls us again
             if not self._is_mounted(mount, points):
                 async with self._lock(directory):
-                    if self._mounts.get(directory) is mount:
+                    if self._mounts.get(directory) is mount and not self._stopping:
                         await self._retire(mount)
 
     async def release_lingering(self) -> None:
@@ -324,26 +385,59 @@ class Mounts:
                 page cache may hold zeros. It is mounted anew.
         """
         for record in self._table.all():
+            if record.prepared:
+                continue  # somebody else mounts it
             mount = Mount(record)
             try:
                 await self._restore_one(mount, first=first)
-            except (ErofsdError, OSError) as exc:
+            except Exception as exc:
                 # One broken image must not keep the others from coming back.
-                mount.last_error = str(exc)
-                self._mounts[mount.record.name] = mount
-                log.error("mount.failed", dir=record.dir, ref=record.ref, error=str(exc))
+                if not isinstance(exc, ErofsdError | OSError):
+                    log.exception("restore.crashed", dir=record.dir, ref=record.ref)
+                await self._fail(mount, exc, first=first)
+
+    async def _fail(self, mount: Mount, exc: Exception, *, first: bool) -> None:
+        """It does not come back for now. What a living superblock of it has open goes on being guarded."""
+        record = mount.record
+        log.error("mount.failed", dir=record.dir, ref=record.ref, error=str(exc))
+        mount.last_error = str(exc)
+        mount.image = None
+        for binding in mount.all_bindings:
+            self._provider.release(binding)
+        mount.bindings.clear()
+        mount.boot = None
+        if mount.source is not None:
+            await mount.source.aclose()
+            mount.source = None
+        mount.device = "" if record.lingering else self._device_of(mount)
+        if mount.device and first:
+            await self._take_down(mount)  # nobody vouches for what it shows
+            mount.device = ""
+        if self._alive(mount) and (host := self._hosts.get(record.engine)) is not None:
+            mount.doubted = record.stored
+            host.doubt(mount.doubted)
+        self._mounts[record.name] = mount
+
+    def _device_of(self, mount: Mount) -> str:
+        """``major:minor`` of the EROFS at its directory, if that is its own; else empty."""
+        device = _device_at(mount.record.dir)
+        return device if not mount.record.superblocks or self._alive(mount) else ""
 
     async def _restore_one(self, mount: Mount, *, first: bool) -> None:
         record = mount.record
         if record.lingering and not self._alive(mount):
             self._table.delete(record)
             return
-        device = "" if record.lingering else _device_at(record.dir)
-        if not first and not record.lingering and record.superblocks and not device:
-            self._table.delete(record)  # unmounted by umount(8) while there was no worker
-            return
-        host = self._host(record.engine)
-        alive = record.lingering or (device and not first)
+        device = "" if record.lingering else self._device_of(mount)
+        if not (first or device or record.lingering or record.leaving) and record.superblocks:
+            # Unmounted by umount(8) while there was no worker.
+            if not self._alive(mount):
+                self._table.delete(record)
+                return
+            self._replace(mount, msgspec.structs.replace(record, lingering=True))
+            record = mount.record
+        host = self.host(record.engine)
+        alive = record.lingering or (not first and (device or self._alive(mount)))
         self._bind(host, mount, await self._loader.load(record), record.stored if alive else ())
         if record.lingering:
             async with host.serving(mount):
@@ -351,21 +445,33 @@ class Mounts:
         elif device and (not first or mount.complete):
             # Complete now means complete then: nobody fills without a worker, so no reader got a hole.
             mount.device = device
-            if not record.superblocks:  # killed between mount(2) and the note of its name
-                self._replace(
-                    mount, msgspec.structs.replace(record, superblocks=tuple(sorted(superblocks())))
-                )
+            if not record.superblocks or record.leaving:  # killed before it could note what it did
+                names = record.superblocks or tuple(sorted(superblocks()))
+                self._replace(mount, msgspec.structs.replace(mount.record, superblocks=names, leaving=False))
             self._mounts[record.name] = mount
             async with host.serving(mount):
                 pass
         else:
             if device:
                 log.warning("mount.suspect", dir=record.dir, ref=record.ref)
-                await _in_thread(syscalls.umount2, record.dir, syscalls.MNT_DETACH)
+                await in_thread(syscalls.umount2, record.dir, syscalls.MNT_DETACH)
+            elif _device_at(record.dir):
+                raise ErofsdError(
+                    f"{record.dir}: another EROFS is mounted there", hint=f"umount {record.dir}"
+                )
             await asyncio.to_thread(os.makedirs, record.dir, exist_ok=True)
-            self._replace(mount, msgspec.structs.replace(mount.record, superblocks=(), boot_id=boot_id()))
-            await self._bring_up(host, mount)
+            kept = tuple(sorted(self._own(mount)))
+            self._replace(mount, msgspec.structs.replace(mount.record, superblocks=kept, boot_id=boot_id()))
+            try:
+                await self._bring_up(host, mount)
+            except BaseException:
+                await self._take_down(mount)
+                raise
             log.info("image.restored", dir=record.dir, ref=record.ref)
+
+    def superblocks(self) -> set[str]:
+        """Names of those that the mounts know to be theirs."""
+        return {name for mount in self for name in mount.record.superblocks}
 
     async def stop(self, *, keep_complete: bool) -> bool:
         """Unmount everything; rows stay, so the next ``serve`` brings it back.
@@ -376,13 +482,12 @@ class Mounts:
         Returns:
             True if everything is down; False if an incomplete superblock is held elsewhere, and was spoilt.
         """
+        self._stopping = True
         leaving = [m for m in self if not (keep_complete and m.complete and not m.record.lingering)]
+        self._note_leaving([mount for mount in leaving if not mount.record.lingering])
         for mount in leaving:
-            if not mount.record.lingering and self._is_mounted(mount):
-                try:
-                    await asyncio.to_thread(syscalls.umount2, mount.record.dir, 0)
-                except OSError:
-                    await asyncio.to_thread(syscalls.umount2, mount.record.dir, syscalls.MNT_DETACH)
+            if not mount.record.lingering:
+                await self._unmount_at_last(mount)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + BUSY_PATIENCE_S
         held = [mount for mount in leaving if self._alive(mount)]
@@ -391,12 +496,55 @@ class Mounts:
             held = [mount for mount in held if self._alive(mount)]
         clean = True
         for mount in held:
-            incomplete = [blob for blob in mount.blobs if not blob.complete]
-            for blob in incomplete:
-                log.error("blob.spoilt", dir=mount.record.dir, ref=mount.record.ref, blob_id=blob.name)
-                await asyncio.to_thread(self._hosts[mount.record.engine].spoil, blob)
-                clean = False
+            clean &= await self._spoil(mount)
+        for mount in leaving:
+            if mount.doubted and not self._alive(mount):
+                await self._hosts[mount.record.engine].settle(mount.doubted)
         return clean
+
+    def _note_leaving(self, mounts: Sequence[Mount]) -> None:
+        """Before they are unmounted, lest a worker that takes over in the middle think umount(8) did it."""
+        pairs = [(m.record, msgspec.structs.replace(m.record, leaving=True)) for m in mounts]
+        for mount, (_, record) in zip(mounts, pairs, strict=True):
+            mount.record = record
+        try:
+            self._table.replace_all(pairs)
+        except ErofsdError as exc:
+            log.error("mount.unrecorded", error=str(exc))
+
+    async def _unmount_at_last(self, mount: Mount) -> None:
+        """Unmount it, whoever uses it, and whatever was mounted over it."""
+        for _ in range(STACK_MAX):
+            if not self._is_mounted(mount):
+                return
+            try:
+                await in_thread(syscalls.umount2, mount.record.dir, 0)
+            except OSError:
+                await self._take_down(mount)
+
+    async def _spoil(self, mount: Mount) -> bool:
+        """Make reads of what is incomplete fail, for those who still have its superblock.
+
+        Returns:
+            True if nothing was incomplete.
+        """
+        host = self._hosts.get(mount.record.engine)
+        if host is None:
+            return True
+        works = [(blob.name, partial(host.spoil, blob)) for blob in mount.blobs if not blob.complete]
+        if mount.image is None:  # it has failed: nobody knows what is there
+            works = [(name, partial(host.store.drop, name)) for name in mount.record.stored]
+        for name, work in works:
+            log.error("blob.spoilt", dir=mount.record.dir, ref=mount.record.ref, blob_id=name)
+            while self._alive(mount):
+                try:
+                    await in_thread(work)
+                    break
+                except OSError as exc:
+                    # To end now would give them zeros: go on serving them as well as can be.
+                    log.critical("blob.unspoilt", blob_id=name, error=str(exc))
+                    await asyncio.sleep(LINGER_POLL_S)
+        return not works
 
     # -- views ------------------------------------------------------------------------------------------
 

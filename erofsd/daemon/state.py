@@ -15,11 +15,16 @@ import os
 import shutil
 import sqlite3
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import structlog
 
-from erofsd.errors import CorruptImage
+from erofsd.errors import CacheFull, CorruptImage, ErofsdError
+
+log = structlog.get_logger("erofsd.state")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS mounts (
@@ -38,9 +43,12 @@ class MountRecord(msgspec.Struct, frozen=True, kw_only=True):
         blobs: ``--blobs``, if given.
         engine: The engine that serves it.
         stored: Names of the stored blobs, primary first, then by device slot: what the superblock has open.
+        fsid: cachefiles: names the primary's object, and the mount.
+        prepared: Registered for mount(8): never mounted by us, and kept until it is unregistered.
         superblocks: Names in ``/sys/fs/erofs`` that may be this mount's; empty before mount(2) has returned.
         boot_id: The boot in which ``superblocks`` means something.
         lingering: True once it is unmounted here while another mount namespace still has the superblock.
+        leaving: True from before the daemon itself unmounts it at its end: so it comes back.
     """
 
     dir: str
@@ -51,14 +59,19 @@ class MountRecord(msgspec.Struct, frozen=True, kw_only=True):
     blobs: tuple[str, ...] = ()
     plain_http: bool = False
     stored: tuple[str, ...] = ()
+    fsid: str = ""
+    prepared: bool = False
     superblocks: tuple[str, ...] = ()
     boot_id: str = ""
     lingering: bool = False
+    leaving: bool = False
     mounted_at: float = msgspec.field(default_factory=time.time)
 
     @property
     def name(self) -> str:
-        """Key in the table: the directory, or the superblock of a lingering one (which has no slash)."""
+        """Key in the table: the directory; fsid or superblock (without slash) where there is none."""
+        if self.prepared:
+            return self.fsid
         return "+".join(self.superblocks) if self.lingering else self.dir
 
 
@@ -89,39 +102,112 @@ class MountTable:
     """The mounts that must exist. Every change is durable against SIGKILL when the call returns.
 
     Args:
-        path: Of the database; made if missing.
+        path: Of the database; made if missing. One that SQLite cannot read is put aside.
+        served: Mounts may be guarded that were noted here. If so, and there is no database, it was lost.
+
+    Attributes:
+        damaged: Some of what was in it is lost: there may be mounts that no row tells of.
+
+    Raises:
+        ErofsdError: As every method: it cannot be read or written now.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute(
-            "PRAGMA synchronous=FULL"
-        )  # a handful of rows a minute: power loss must not forget one
-        self._db.execute(SCHEMA)
+    def __init__(self, path: Path, *, served: bool = False) -> None:
+        self._path = path
+        self._served = served
+        self.damaged = served and not path.exists()
+        try:
+            self._open()
+        except sqlite3.OperationalError as exc:  # no room, no permission: the file may be as good as ever
+            raise self._refused(exc) from exc
+        except sqlite3.DatabaseError as exc:
+            aside = self._put_aside()
+            log.error("mounts.lost", error=f"{path}: {exc}", hint=f"it is kept as {aside}; mount again")
+            self.damaged = True
+            try:
+                self._open()
+            except sqlite3.Error as again:
+                raise self._refused(again) from again
+        # The next worker has to know, too, until a first one starts from nothing.
+        if self.damaged and served:
+            self._execute("PRAGMA user_version = 1")
+        elif not served:
+            self._execute("PRAGMA user_version = 0")
+        self.damaged |= self._execute("PRAGMA user_version") != [(0,)]
+
+    def _open(self) -> None:
+        self._db = sqlite3.connect(self._path, isolation_level=None)
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            # A handful of rows a minute: power loss must not forget one.
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute(SCHEMA)
+            self._db.execute("SELECT name, record FROM mounts").fetchall()
+        except sqlite3.Error:
+            self._db.close()
+            raise
+
+    def _put_aside(self) -> Path:
+        aside = self._path.with_name(self._path.name + ".bad")
+        for suffix in ("-wal", "-shm", ""):
+            found = self._path.with_name(self._path.name + suffix)
+            with contextlib.suppress(FileNotFoundError):
+                found.rename(aside.with_name(aside.name + suffix))
+        return aside
+
+    def _refused(self, exc: sqlite3.Error) -> ErofsdError:
+        return ErofsdError(
+            f"{self._path}: {exc}", hint="make room where state_dir is, and see that it is writable"
+        )
+
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(statement, values).fetchall()
+        except sqlite3.Error as exc:
+            raise self._refused(exc) from exc
 
     def put(self, record: MountRecord) -> None:
         """Insert or replace the row of ``record.name``."""
-        self._db.execute(
+        self._execute(
             "INSERT INTO mounts VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET record = excluded.record",
             (record.name, msgspec.json.encode(record)),
         )
 
     def replace(self, old: MountRecord, new: MountRecord) -> None:
         """Put *new* in the place of *old* in one step."""
-        with self._db:
-            self._db.execute("BEGIN")
-            self.delete(old)
-            self.put(new)
+        self.replace_all([(old, new)])
+
+    def replace_all(self, pairs: Sequence[tuple[MountRecord, MountRecord]]) -> None:
+        """Put the second of each pair in the place of the first, all in one step."""
+        self._execute("BEGIN")
+        try:
+            for old, new in pairs:
+                if old.name != new.name:
+                    self.delete(old)
+                self.put(new)
+            self._execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):  # a full disk has ended it already
+                self._db.execute("ROLLBACK")
+            raise
 
     def delete(self, record: MountRecord) -> None:
         """Forget *record*; nothing happens if it is not there."""
-        self._db.execute("DELETE FROM mounts WHERE name = ?", (record.name,))
+        self._execute("DELETE FROM mounts WHERE name = ?", (record.name,))
 
     def all(self) -> list[MountRecord]:
-        """Every row, in the order in which they were made."""
-        rows = self._db.execute("SELECT record FROM mounts ORDER BY rowid").fetchall()
-        return [msgspec.json.decode(row[0], type=MountRecord) for row in rows]
+        """Every row that can be understood, in the order in which they were made."""
+        found = []
+        for name, row in self._execute("SELECT name, record FROM mounts ORDER BY rowid"):
+            try:
+                found.append(msgspec.json.decode(row, type=MountRecord))
+            except msgspec.MsgspecError as exc:
+                if not self.damaged:
+                    log.error("mounts.lost", dir=name, error=f"{self._path}: a row cannot be read: {exc}")
+                self.damaged = True
+                if not self._served:
+                    self._execute("DELETE FROM mounts WHERE name = ?", (name,))
+        return found
 
     def close(self) -> None:
         """Close the database."""
@@ -150,23 +236,36 @@ class ImageFiles:
     def save(
         self, key: str, saved: SavedImage, bootstrap: bytes | None, blob_metas: dict[str, bytes]
     ) -> None:
-        """Store an image under *key*, replacing nothing: a key stands for content.
+        """Store an image under *key*, unless it is there already: a key stands for content.
 
         Raises:
-            OSError: No room, or worse; nothing is left behind.
+            CacheFull: No room, or worse; nothing is left behind.
         """
-        if (self.path(key) / "image.json").exists():
-            return
+        files = {f"{blob_id}.blob.meta": meta for blob_id, meta in blob_metas.items()}
+        files["image.json"] = msgspec.json.encode(saved)  # the last one
+        if bootstrap is not None:
+            files = {"image.boot": bootstrap, **files}
+        try:
+            if not self._has(key, files):
+                self._write(key, files)
+        except OSError as exc:
+            raise CacheFull(f"{self.path(key)}: {exc.strerror}", hint="make room where state_dir is") from exc
+
+    def _has(self, key: str, files: Mapping[str, bytes]) -> bool:
+        # By content: what is mounted is this very file, and nothing else would notice that it has changed.
+        try:
+            return all((self.path(key) / name).read_bytes() == data for name, data in files.items())
+        except FileNotFoundError:
+            return False
+
+    def _write(self, key: str, files: Mapping[str, bytes]) -> None:
         aside = self._directory / f".{key}.new"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(mode=0o700)
         try:
-            if bootstrap is not None:
-                _write(aside / "image.boot", bootstrap)
-            for blob_id, meta in blob_metas.items():
-                _write(aside / f"{blob_id}.blob.meta", meta)
-            _write(aside / "image.json", msgspec.json.encode(saved))
-            shutil.rmtree(self.path(key), ignore_errors=True)  # a half-deleted one
+            for name, data in files.items():
+                _write(aside / name, data)
+            shutil.rmtree(self.path(key), ignore_errors=True)  # half-deleted, or damaged
             aside.rename(self.path(key))
             _sync_directory(self._directory)
         except BaseException:

@@ -39,7 +39,7 @@ def error_of_reading(path: Path, content: bytes) -> int:
 
 
 def test_a_full_disk_is_an_error_until_there_is_room(
-    fanotify_here: None, small_disk: Path, make_directory: Callable[[], Path], tmp_path: Path
+    engine_here: str, small_disk: Path, make_directory: Callable[[], Path], tmp_path: Path
 ) -> None:
     daemon = Daemon(make_directory(), deadline=10)
     daemon.state_dir = small_disk / "state"

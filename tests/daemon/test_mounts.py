@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -104,8 +105,14 @@ def test_other_kinds_of_nydus_images_are_refused_by_name(daemon: Daemon, testdat
     ],
     ids=["plain", "lz4", "big-pcluster", "ztailpacking", "fragments", "extended"],
 )
-def test_single_file_images_of_mkfs_erofs(daemon: Daemon, tmp_path: Path, options: tuple[str, ...]) -> None:
-    source = tmp_path / "source"
+def test_single_file_images_of_mkfs_erofs(
+    daemon: Daemon,
+    engine_here: str,
+    make_directory: Callable[[], Path],
+    tmp_path: Path,
+    options: tuple[str, ...],
+) -> None:
+    source = make_directory()  # on a file system with extended attributes, which tmpfs has of late only
     files = tree(3, count=30, size=60_000) | {"text": b"the same line again and again\n" * 40_000}
     for name, content in files.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +121,14 @@ def test_single_file_images_of_mkfs_erofs(daemon: Daemon, tmp_path: Path, option
     os.setxattr(source / "big", "user.note", b"a value\n\0")
     image = tmp_path / "image.erofs"
     subprocess.run([need("mkfs.erofs"), "--quiet", *options, image, source], check=True, capture_output=True)
+    if engine_here == "cachefiles" and os.uname().release.startswith("6.1."):
+        target = daemon.directory / "refused"
+        target.mkdir()
+        done = daemon.cli("mount", image, target, check=False)
+        if any(option.startswith("-z") for option in options):
+            assert (done.returncode, "compressed" in done.stderr) == (3, True)
+            return
+        daemon.cli("umount", target)
     mounted = daemon.mount(str(image))
     drop_caches()
     assert_content(mounted, files)
@@ -353,7 +368,7 @@ def test_another_mount_namespace_gets_errors_not_zeros_at_the_end(daemon: Daemon
     assert other.stdout.readline() == "ready\n"
     assert daemon.stop() == 1
     out, _ = other.communicate("\n", timeout=20)
-    assert out == "5\n"
+    assert int(out) in (errno.EIO, errno.ENOBUFS)  # the latter with cachefiles
     assert str(mounted) in daemon.log()
 
 
@@ -388,7 +403,7 @@ def standalone(directory: Path, *arguments: object) -> list[str]:
 
 
 def test_standalone_ends_with_its_mount(
-    fanotify_here: None, make_directory: Callable[[], Path], tmp_path: Path
+    engine_here: str, make_directory: Callable[[], Path], tmp_path: Path
 ) -> None:
     files = tree(14, count=10)
     boot = rafs.write_files(rafs.make_image(files), tmp_path)
@@ -413,7 +428,7 @@ def test_standalone_ends_with_its_mount(
         process.kill()
 
 
-def test_standalone_says_why_it_cannot(fanotify_here: None, make_directory: Callable[[], Path]) -> None:
+def test_standalone_says_why_it_cannot(engine_here: str, make_directory: Callable[[], Path]) -> None:
     directory = make_directory()
     (directory / "config.toml").write_text(f'state_dir = "{directory}/state"\n')
     (directory / "mnt").mkdir()
