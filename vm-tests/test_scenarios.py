@@ -2,19 +2,23 @@
 
 A scenario is a Python program. Its docstring says in lines of their own which ``kernels:`` it is for
 (``on-demand``, ``fanotify``, ``all``, or names) and its ``time limit:``. It passes by ending with 0; 77
-skips, the last line of its output being the reason. A lost guest is told apart from a failed test.
+skips, the last line of its output being the reason. A lost guest is told apart from a failed test. Two more
+lines it may have: ``root: systemd`` boots that, and with ``boots: 2`` it runs in so many guests one after the
+other, with one disk.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import HERE, KERNELS, Guest, selected_kernels
+from vmrun import roots
 
 SKIP = 77
 GROUPS = {
@@ -30,7 +34,9 @@ class Scenario:
 
     path: Path
     kernels: tuple[str, ...]
-    time_limits_s: tuple[float, float]  # under emulation, else
+    time_limits_s: tuple[float, float]  # of one boot: under emulation, else
+    root: str
+    boots: int
 
     @classmethod
     def load(cls, path: Path) -> Scenario:
@@ -39,8 +45,16 @@ class Scenario:
         limits = re.search(r"^time limit: (\d+) s under emulation, (\d+) s else$", text, re.MULTILINE)
         if not kernels or not limits:
             raise ValueError(f"{path.name}: its docstring lacks `kernels:` or `time limit:`")
+        root = re.search(r"^root: (\w+)$", text, re.MULTILINE)
+        boots = re.search(r"^boots: (\d+)$", text, re.MULTILINE)
         names = [name for word in kernels[1].split() for name in GROUPS.get(word, [word])]
-        return cls(path, tuple(names), (float(limits[1]), float(limits[2])))
+        return cls(
+            path,
+            tuple(names),
+            (float(limits[1]), float(limits[2])),
+            root[1] if root else roots.HOST,
+            int(boots[1]) if boots else 1,
+        )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -53,9 +67,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("scenario", "guest"), pairs, indirect=["guest"], ids=ids)
 
 
-def test_scenario(scenario: Scenario, guest: Guest) -> None:
+def test_scenario(scenario: Scenario, guest: Guest, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if scenario.root != roots.HOST and not request.config.getoption("--build-kernels") and not roots.find():
+        pytest.skip("the root with systemd is not built: `vm-tests/run --build-root`, or --build-kernels")
     limit_s = scenario.time_limits_s[0 if guest.emulated else 1]
-    reply = guest.run(sys.executable, scenario.path, options=("--timeout", str(limit_s)))
+    options = ["--timeout", str(limit_s), "--root", scenario.root]
+    if scenario.boots > 1:
+        options += ["--disk", str(tmp_path / "disk")]
+    for _ in range(scenario.boots):
+        _judge(guest.run(sys.executable, scenario.path, options=tuple(options)))
+
+
+def _judge(reply: subprocess.CompletedProcess[bytes]) -> None:
     output = reply.stdout.decode(errors="replace") + reply.stderr.decode(errors="replace")
     match reply.returncode:
         case 0:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from . import job as jobs
+from . import roots
 from .cache import Built, directory
 from .errors import EXIT_GUEST_LOST, EXIT_TIME_LIMIT, RunnerError
 from .kernels import KERNELS, Kernel, find, obtain
@@ -36,6 +38,9 @@ def main(arguments: Sequence[str]) -> int:
             return _list()
         if options.rebuild is not None:
             return _build(options.rebuild or list(KERNELS), rebuild=True)
+        if options.build_root:
+            print(roots.obtain(may_build=True))
+            return 0
         if options.build is not None:
             return _build(options.build or list(KERNELS), rebuild=False)
         return _run(options, command)
@@ -81,17 +86,34 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--append", default="", metavar="WORDS", help="more words for the kernel's command line"
     )
-    parser.add_argument("--no-build", action="store_true", help="end with 125 when the kernel is not built")
+    parser.add_argument(
+        "--root",
+        choices=roots.NAMES,
+        default=roots.HOST,
+        help="host: this machine's own / (default); systemd: a small Debian 12 that boots systemd, with the"
+        " checkout's units enabled; the command is started when all of them are",
+    )
+    parser.add_argument(
+        "--disk",
+        type=Path,
+        metavar="FILE",
+        help="what lies behind /var/lib/erofsd, made if missing and kept: the next run with it finds what"
+        " this one synced",
+    )
+    parser.add_argument(
+        "--no-build", action="store_true", help="end with 125 when kernel or root is not built"
+    )
     for option, text in (
         ("--build", "build what is missing of these, or of all, and end"),
         ("--rebuild", "the same, also what is built already"),
     ):
         parser.add_argument(option, nargs="*", choices=list(KERNELS), metavar="KERNEL", help=text)
+    parser.add_argument("--build-root", action="store_true", help="build the root with systemd, and end")
     parser.add_argument(
         "--list", action="store_true", help="print the kernels, what they are and where they lie"
     )
     options = parser.parse_args(own)
-    if not options.list and options.build is None and options.rebuild is None:
+    if not (options.list or options.build_root) and options.build is None and options.rebuild is None:
         if options.kernel is None:
             parser.error("--kernel is missing")
         if not command:
@@ -120,9 +142,11 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     kernel = KERNELS[options.kernel]
     limit_s = kernel.time_limit_s if options.timeout is None else options.timeout
     built = obtain(kernel, may_build=not options.no_build)
+    root = roots.obtain(may_build=not options.no_build) if options.root != roots.HOST else None
+    disk = options.disk.absolute() if options.disk else None
     umask = os.umask(0o022)
     started = time.monotonic()
-    with jobs.lay_out(kernel.name, kernel.vehicle, built, command, os.environ, umask) as job:
+    with jobs.lay_out(kernel.name, kernel.vehicle, built, command, os.environ, umask, root, disk) as job:
         verdict = _boot_and_watch(kernel, built, job, options, started + limit_s)
         reached = job.started()
     if verdict == Verdict(End.COMMAND_ENDED, 0):

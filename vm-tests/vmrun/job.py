@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import space
+from . import roots, space
 from .cache import Built
 from .errors import RunnerError
 
@@ -36,6 +36,7 @@ class Job:
     out: Path  # $VM_OUT, the same path in the guest
     disk: Path
     kernel_log: Path
+    keeps_disk: bool = False  # the caller's own: what an earlier run wrote is on it
 
     @property
     def io(self) -> Path:
@@ -46,6 +47,11 @@ class Job:
     def init(self) -> Path:
         """The guest's PID 1: a copy, as the checkout's path may not fit on a kernel command line."""
         return self.directory / "init"
+
+    @property
+    def overlay(self) -> Path:
+        """What lies over a root that is not the host's."""
+        return self.directory / "overlay"
 
     def started(self) -> bool:
         """Whether the guest's init came as far as the command."""
@@ -66,8 +72,10 @@ class Job:
         for name in ("stdout", "stderr"):
             (self.io / name).write_bytes(b"")
         self.kernel_log.write_bytes(b"")
-        self.disk.unlink(missing_ok=True)
-        _make_disk(self.disk)
+        if not self.keeps_disk:
+            self.disk.unlink(missing_ok=True)
+        if not self.disk.exists():
+            _make_disk(self.disk)
 
 
 @contextlib.contextmanager
@@ -78,30 +86,38 @@ def lay_out(
     command: Sequence[str],
     environment: Mapping[str, str],
     umask: int,
+    root: Path | None = None,
+    disk: Path | None = None,
 ) -> Iterator[Job]:
     """Make the directory of a run of *command* in the caller's directory; removed afterwards.
 
     The kernel log lies beside it and stays: whoever is satisfied with the run removes it.
+
+    Args:
+        root: What the guest has below its overlay instead of the host's own /; boots systemd.
+        disk: The file behind /var/lib/erofsd, made if it is missing; a fresh one that goes when None.
 
     Raises:
         RunnerError: A path that the guest cannot see, or no room.
     """
     home = space.job_home()
     cwd = Path.cwd()
-    for path in (cwd, built.path):
+    for path in (cwd, built.path, *([root] if root else [])):
         if space.is_hidden(path):
             raise RunnerError(
                 f"{path} cannot be seen in the guest, which has its own {space.HIDDEN_IN_GUEST}"
             )
     if not space.is_plain(built.path):
         raise RunnerError(f"{built.path}: blanks, commas and the like do not pass QEMU; set EROFSD_VM_CACHE")
+    if disk and not space.is_plain(disk):
+        raise RunnerError(f"{disk}: blanks, commas and the like do not pass QEMU")
     log_fd, log_name = tempfile.mkstemp(prefix=f"erofsd-vm-{kernel_name}-", suffix=".log", dir=home)
     os.close(log_fd)
     directory = Path(tempfile.mkdtemp(prefix="erofsd-vm-", dir=home))
     try:
         with _out_directory(environment, home) as out:
-            job = Job(directory, out, directory / "disk", Path(log_name))
-            _fill(job, kernel_name, vehicle, built, command, environment, umask)
+            job = Job(directory, out, disk or directory / "disk", Path(log_name), keeps_disk=disk is not None)
+            _fill(job, kernel_name, vehicle, built, command, environment, umask, root)
             yield job
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -136,6 +152,7 @@ def _fill(
     command: Sequence[str],
     environment: Mapping[str, str],
     umask: int,
+    root: Path | None,
 ) -> None:
     (job.directory / "dev").mkdir()
     job.io.mkdir()
@@ -153,10 +170,13 @@ def _fill(
         "vm_load": _MODULES,
         "vm_hostname": os.uname().nodename,
         "vm_out": str(job.out),
+        "vm_systemd": "yes" if root else "",
     }
     lines = [f"{name}={shlex.quote(value)}\n" for name, value in setup.items()]
     (job.directory / "setup").write_text("".join(lines))
-    (job.directory / "fstab").write_bytes(fstab(job, vehicle, modules))
+    if root:
+        roots.overlay(job.overlay, job.init)
+    (job.directory / "fstab").write_bytes(fstab(job, vehicle, modules, root))
     job.reset()
 
 
@@ -173,11 +193,12 @@ def command_script(command: Sequence[str], environment: Mapping[str, str], cwd: 
     return os.fsencode(script)
 
 
-def fstab(job: Job, vehicle: str, modules: Path | None) -> bytes:
+def fstab(job: Job, vehicle: str, modules: Path | None, root: Path | None = None) -> bytes:
     """What the guest mounts, in order, below /run/root; missing targets are made in the overlay."""
     disk = {"uml": "ubda", "qemu": "vda"}[vehicle]
+    lower = f"{job.overlay}:{root}" if root else "/"
     rows = [
-        ("overlay", "", "overlay", "lowerdir=/,upperdir=/run/upper,workdir=/run/work"),
+        ("overlay", "", "overlay", f"lowerdir={lower},upperdir=/run/upper,workdir=/run/work"),
         ("proc", "/proc", "proc", "defaults"),
         ("sysfs", "/sys", "sysfs", "defaults"),
         ("devtmpfs", "/dev", "devtmpfs", "defaults"),
@@ -187,13 +208,19 @@ def fstab(job: Job, vehicle: str, modules: Path | None) -> bytes:
         ("cgroup2", "/sys/fs/cgroup", "cgroup2", "defaults"),
         ("debugfs", "/sys/kernel/debug", "debugfs", "defaults"),
         (f"/dev/{disk}", STATE_DIRECTORY, "ext4", "X-mount.mkdir"),
+        *(_bind(path) for path in ([*roots.visible(Path.cwd()), job.directory] if root else [])),
         _share(vehicle, "io", job.io),
         _share(vehicle, "out", job.out),
     ]
     if modules:
-        rows.append((str(modules / "lib/modules"), "/lib/modules", "none", "bind,X-mount.mkdir"))
+        rows.append(_bind(modules / "lib/modules", Path("/lib/modules")))
     lines = (" ".join(map(_fstab_word, (what, f"/run/root{where}", *rest))) for what, where, *rest in rows)
     return os.fsencode("".join(f"{line} 0 0\n" for line in lines))
+
+
+def _bind(path: Path, target: Path | None = None) -> tuple[str, str, str, str]:
+    """The row that shows a directory of the host, read-only, at the same or another path."""
+    return (str(path), str(target or path), "none", "bind,X-mount.mkdir")
 
 
 def _share(vehicle: str, tag: str, path: Path) -> tuple[str, str, str, str]:

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 from .errors import RunnerError
@@ -62,6 +61,21 @@ def _apt(command: Sequence[str], cwd: Path | None = None) -> subprocess.Complete
     return subprocess.run(
         command, env=_APT_ENV, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
+
+
+def debian_mirror() -> str:
+    """The mirror that the host's own sources use for Debian's main archive (not the security one).
+
+    Raises:
+        RunnerError: They name none.
+    """
+    wanted = ["Created-By: Packages", "Origin: Debian", "Component: main"]
+    reply = _apt(["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)", *wanted])
+    for line in reply.stdout.splitlines():
+        uri, _, codename = line.partition(" ")
+        if re.fullmatch(r"[a-z]+", codename):  # "bookworm", neither "bookworm-updates" nor "-security"
+            return uri
+    raise RunnerError("the host's apt sources name no mirror of Debian's main archive")
 
 
 class Archive:
@@ -126,16 +140,5 @@ class PrivateArchive(Archive):
         for part in ("state/lists/partial", "cache/archives/partial"):
             (home / part).mkdir(parents=True, exist_ok=True)
         keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-        (home / "list").write_text(f"deb [signed-by={keyring}] {self._mirror} {suite} main\n")
+        (home / "list").write_text(f"deb [signed-by={keyring}] {debian_mirror()} {suite} main\n")
         self._run("apt-get", "update", "-q")
-
-    @cached_property
-    def _mirror(self) -> str:
-        """The mirror that the host's own sources use for Debian's main archive (not the security one)."""
-        wanted = ["Created-By: Packages", "Origin: Debian", "Component: main"]
-        reply = _apt(["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME)", *wanted])
-        for line in reply.stdout.splitlines():
-            uri, _, codename = line.partition(" ")
-            if re.fullmatch(r"[a-z]+", codename):  # "bookworm", neither "bookworm-updates" nor "-security"
-                return uri
-        raise RunnerError("the host's apt sources name no mirror of Debian's main archive")
