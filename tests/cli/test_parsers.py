@@ -89,7 +89,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["nonsense"], ["mount", "x"], ["ls", "--nonsense"], ["mount", "a", "b", "--engine", "x"]]
+    "argv", [[], ["nonsense"], ["ls", "--nonsense"], ["mount", "a", "b", "--engine", "x"]]
 )
 def test_wrong_usage_ends_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as info:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import resource
 from collections.abc import AsyncIterator
@@ -155,10 +156,17 @@ async def test_a_killed_readers_event_is_answered_all_the_same(
 # -- numbers ------------------------------------------------------------------------------------------------
 
 
+def free_number(at_least: int) -> int:
+    """A descriptor number that nothing has."""
+    number = fcntl.fcntl(0, fcntl.F_DUPFD, at_least)
+    os.close(number)
+    return number
+
+
 async def test_stale_numbers_are_taken_until_they_are_answered(
     rig: ScriptedRig, provider: PatternProvider
 ) -> None:
-    number = 500
+    number = free_number(500)
     note(rig, number, 0, identity(rig, KEYS[0]))
     engine = successor(rig)
     engine.recover()
