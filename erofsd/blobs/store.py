@@ -355,7 +355,8 @@ class BlobStore:
         self._held = {} if held is None else held
         self._open: dict[str, StoredBlob] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)
+        if directory.stat().st_mode & 0o077:  # or not at all: its file system may have become read-only
+            directory.chmod(0o700)
         for left in directory.glob("*.new"):
             left.unlink(missing_ok=True)
 

@@ -155,6 +155,15 @@ def note_served(inheritance: Inheritance, manager: ServiceManager) -> None:
         os.close(memory)
 
 
+def forget_stored(inheritance: Inheritance, manager: ServiceManager) -> None:
+    """Everything is unmounted: a start that follows, for whatever reason, begins anew."""
+    if inheritance.stored:
+        blobs = (short_name(name) for name in inheritance.blobs)
+        engines = (_ENGINE + name for name in inheritance.engines)
+        for name in ("journal", "served", *blobs, *engines, "listener", "lock"):
+            manager.drop(name)
+
+
 def _create(config: Config) -> Inheritance:
     state_dir = Path(config.state_dir)
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)

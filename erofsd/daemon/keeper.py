@@ -20,7 +20,7 @@ and neither process forks without exec but for the keeper's worker.
 Under systemd the manager's store is the third holder. The keeper has a descriptor stored before it says that
 it holds it, and goes on when the manager has confirmed that: a mount waits for it, a miss never does.
 SIGUSR1 means: leave everything to the successor. That is the next start of the service, which finds it in the
-store; without a store the keeper executes itself anew.
+store; without a manager the keeper executes itself anew.
 """
 
 from __future__ import annotations
@@ -44,7 +44,16 @@ import structlog
 from erofsd.api import ErrorReply, MountRequest
 from erofsd.config import Config
 from erofsd.daemon import link
-from erofsd.daemon.inheritance import ENDS, ORDERS, STRAYS, Inheritance, hidden, note_served, obtain
+from erofsd.daemon.inheritance import (
+    ENDS,
+    ORDERS,
+    STRAYS,
+    Inheritance,
+    forget_stored,
+    hidden,
+    note_served,
+    obtain,
+)
 from erofsd.daemon.pulse import Due, Pulse
 from erofsd.daemon.systemd import ManagerSilent, ServiceManager, short_name
 from erofsd.errors import ErofsdError
@@ -231,12 +240,15 @@ class Keeper:
     def _on_signals(self, numbers: bytes) -> None:
         if self._stopping:
             return
-        if ENDS & set(numbers):
+        hand_over = signal.SIGUSR1 in numbers
+        # A manager without a store waits for our end, and then nobody would hold anything.
+        no_successor = hand_over and self._manager.present and not self._inheritance.stored
+        if ENDS & set(numbers) or no_successor:
             self._stopping = True
             self._handing_over = False  # the next worker unmounts
             self._manager.tell(STOPPING=1, STATUS="unmounting")
             self._send("stop")
-        elif signal.SIGUSR1 in numbers and not self._handing_over:
+        elif hand_over and not self._handing_over:
             self._handing_over = True
             self._manager.tell(STATUS="handing over")
             os.kill(self._worker_pid, signal.SIGKILL)  # the one way to end that is tried all the time
@@ -327,6 +339,7 @@ class Keeper:
             self._socket_path.with_name("worker.pid"),
         ):
             path.unlink(missing_ok=True)
+        forget_stored(self._inheritance, self._manager)
 
 
 def main(config: Config, only: MountRequest | None = None) -> int:

@@ -18,7 +18,7 @@ import errno
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import msgspec
@@ -27,7 +27,7 @@ import structlog
 from erofsd.api import MountInfo, MountRequest
 from erofsd.daemon.images import ImageLoader, OpenedImage
 from erofsd.daemon.mount import Host, Mount, in_thread
-from erofsd.daemon.mountinfo import MountPoint, mount_points, superblocks
+from erofsd.daemon.mountinfo import SUPERBLOCKS, MountPoint, mount_points, superblocks
 from erofsd.daemon.state import MountRecord, MountTable
 from erofsd.errors import ErofsdError, NotPossibleHere
 from erofsd.fill.provider import FillProvider
@@ -49,11 +49,18 @@ def _device_at(directory: str) -> str:
     return device
 
 
+def _remedy(exc: OSError) -> str:
+    if exc.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files of the daemon: ulimit -Hn, or LimitNOFILE= in its unit"
+    return ""
+
+
 async def resolve(directory: str) -> str:
     """*directory* without symbolic links; in a thread, since the path may lead through a mount of our own."""
     return await asyncio.to_thread(os.path.realpath, directory)
 
 
+@cache
 def boot_id() -> str:
     """Changes with every boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -129,7 +136,7 @@ class Mounts:
                 await self._take_down(mount)
                 await self._retire(mount)
                 if isinstance(exc, OSError):
-                    raise ErofsdError(f"{directory}: {exc.strerror or exc}") from exc
+                    raise ErofsdError(f"{directory}: {exc.strerror or exc}", hint=_remedy(exc)) from exc
                 raise
             log.info(
                 "image.mounted", dir=directory, ref=request.ref, format=mount.image and mount.image.format
@@ -138,7 +145,10 @@ class Mounts:
 
     async def _open(self, request: MountRequest, host: Host, directory: str) -> Mount:
         """Find, check and bind an image."""
-        opened = await self._loader.fetch(request)
+        try:
+            opened = await self._loader.fetch(request)
+        except OSError as exc:
+            raise ErofsdError(f"{request.ref}: {exc.strerror or exc}", hint=_remedy(exc)) from exc
         record = MountRecord(
             dir=directory,
             ref=request.ref,
@@ -303,9 +313,9 @@ class Mounts:
     @staticmethod
     def _own(mount: Mount) -> set[str]:
         """Its superblocks that exist."""
-        if mount.record.boot_id != boot_id():
+        if not mount.record.superblocks or mount.record.boot_id != boot_id():
             return set()
-        return superblocks() & set(mount.record.superblocks)
+        return {name for name in mount.record.superblocks if (SUPERBLOCKS / name).exists()}
 
     async def _retire(self, mount: Mount) -> None:
         """It is unmounted here: forget it, or keep guarding it for those who still have it."""

@@ -15,9 +15,10 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 import structlog
@@ -25,6 +26,9 @@ import structlog
 from erofsd.errors import CacheFull, CorruptImage, ErofsdError
 
 log = structlog.get_logger("erofsd.state")
+
+RESERVE_SIZE = 256 << 10
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS mounts (
@@ -115,11 +119,15 @@ class MountTable:
     def __init__(self, path: Path, *, served: bool = False) -> None:
         self._path = path
         self._served = served
+        self._reserve = path.with_name("reserve")
         self.damaged = served and not path.exists()
         try:
             self._open()
         except sqlite3.OperationalError as exc:  # no room, no permission: the file may be as good as ever
-            raise self._refused(exc) from exc
+            if not served:
+                raise self._refused(exc) from exc
+            self._open_to_read(exc)
+            return
         except sqlite3.DatabaseError as exc:
             aside = self._put_aside()
             log.error("mounts.lost", error=f"{path}: {exc}", hint=f"it is kept as {aside}; mount again")
@@ -134,6 +142,12 @@ class MountTable:
         elif not served:
             self._execute("PRAGMA user_version = 0")
         self.damaged |= self._execute("PRAGMA user_version") != [(0,)]
+        self._make_reserve()
+
+    def _make_reserve(self) -> None:
+        # Room that is given up for a change when there is none: what was unmounted must not come back.
+        with contextlib.suppress(OSError), open(self._reserve, "ab") as file:
+            os.posix_fallocate(file.fileno(), 0, RESERVE_SIZE)
 
     def _open(self) -> None:
         self._db = sqlite3.connect(self._path, isolation_level=None)
@@ -146,6 +160,12 @@ class MountTable:
         except sqlite3.Error:
             self._db.close()
             raise
+
+    def _open_to_read(self, reason: sqlite3.Error) -> None:
+        # Mounts are guarded, and nobody but us will answer for them: better that than nothing.
+        log.error("mounts.unwritable", error=str(self._refused(reason)))
+        self._db = sqlite3.connect(f"file:{quote(str(self._path))}?mode=ro", uri=True, isolation_level=None)
+        self.damaged |= self._execute("PRAGMA user_version") != [(0,)]
 
     def _put_aside(self) -> Path:
         aside = self._path.with_name(self._path.name + ".bad")
@@ -166,8 +186,22 @@ class MountTable:
         except sqlite3.Error as exc:
             raise self._refused(exc) from exc
 
+    def _change(self, work: Callable[[], None]) -> None:
+        """Do *work*; if there is no room, give up the reserve and do it again."""
+        try:
+            work()
+        except ErofsdError as exc:
+            code = getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF
+            if code not in NO_ROOM or not self._reserve.exists():
+                raise
+            self._reserve.unlink()
+            work()
+
     def put(self, record: MountRecord) -> None:
         """Insert or replace the row of ``record.name``."""
+        self._change(lambda: self._put(record))
+
+    def _put(self, record: MountRecord) -> None:
         self._execute(
             "INSERT INTO mounts VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET record = excluded.record",
             (record.name, msgspec.json.encode(record)),
@@ -179,12 +213,15 @@ class MountTable:
 
     def replace_all(self, pairs: Sequence[tuple[MountRecord, MountRecord]]) -> None:
         """Put the second of each pair in the place of the first, all in one step."""
+        self._change(lambda: self._replace_all(pairs))
+
+    def _replace_all(self, pairs: Sequence[tuple[MountRecord, MountRecord]]) -> None:
         self._execute("BEGIN")
         try:
             for old, new in pairs:
                 if old.name != new.name:
-                    self.delete(old)
-                self.put(new)
+                    self._delete(old)
+                self._put(new)
             self._execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):  # a full disk has ended it already
@@ -193,6 +230,9 @@ class MountTable:
 
     def delete(self, record: MountRecord) -> None:
         """Forget *record*; nothing happens if it is not there."""
+        self._change(lambda: self._delete(record))
+
+    def _delete(self, record: MountRecord) -> None:
         self._execute("DELETE FROM mounts WHERE name = ?", (record.name,))
 
     def all(self) -> list[MountRecord]:

@@ -116,7 +116,7 @@ class Slow:
         self.going.wait(60)
         exchange.honest()
 
-    def mount(self, service: Service) -> Path:
+    def mount(self, service: Daemon) -> Path:
         mounted = service.mount(f"file:{self.boot}", "--blobs", self.url)
         drop_caches()
         return mounted
@@ -212,7 +212,8 @@ def test_a_stop_unmounts_after_a_restart_too(service: Service, slow: Slow) -> No
     assert service.stop() == 0
     assert not os.path.ismount(mounted)
     assert service.manager.told("STOPPING") == ["1"]
-    service.manager.forget_all()
+    client(service.manager).settle()
+    assert service.manager.names == []
     service.start().wait_ready()
     assert_content(mounted, slow.files)
 
@@ -269,22 +270,32 @@ def test_a_mount_is_refused_when_the_store_is_full(service: Service, slow: Slow,
     assert_content(slow.mount(service), slow.files)
 
 
-def test_without_a_store_a_restart_executes_the_keeper_anew(
+def test_without_a_store_a_restart_unmounts_and_mounts(
     make_service: Callable[..., Service], slow: Slow
 ) -> None:
     service = make_service(store_max=0)
     assert service.events("store.missing")
     mounted = slow.mount(service)
-    keeper, worker = service.pid("keeper"), service.pid("worker")
+    assert service.hand_over() == 0
+    assert not os.path.ismount(mounted)
+    service.start().wait_ready()
+    assert_content(mounted, slow.files)
+
+
+def test_without_a_manager_the_keeper_executes_itself_anew(daemon: Daemon, slow: Slow) -> None:
+    mounted = slow.mount(daemon)
+    device = os.stat(mounted).st_dev
+    keeper, worker = daemon.pid("keeper"), daemon.pid("worker")
     readers, wrong = run_readers(mounted, slow.files)
     os.kill(keeper, signal.SIGUSR1)
-    wait_for(lambda: service.pid("worker") != worker, "a new worker")
+    wait_for(lambda: daemon.pid("worker") != worker, "a new worker")
     for reader in readers:
         reader.join()
     assert not wrong
-    assert service.pid("keeper") == keeper
-    assert service.ls(mounted)["errors"] == 0
-    assert service.stop() == 0
+    assert daemon.pid("keeper") == keeper
+    assert daemon.ls(mounted)["errors"] == 0
+    assert os.stat(mounted).st_dev == device
+    assert daemon.stop() == 0
     assert not os.path.ismount(mounted)
 
 
