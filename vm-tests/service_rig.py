@@ -24,8 +24,9 @@ SKIP = 77
 NOT_POSSIBLE_HERE = 3
 UNIT = "erofsd.service"
 MOUNT_POINT = Path("/mnt")
-#: Everything takes ten times as long where even the processor is emulated.
-ROUNDS = 3 if os.environ.get("VM_KERNEL", "").startswith("uml") else 1
+#: Everything takes ten times as long where even the processor is.
+EMULATED = not os.environ.get("VM_KERNEL", "").startswith("uml")
+ROUNDS = 1 if EMULATED else 3
 
 
 def wait_for(condition: Callable[[], Any], what: str, limit_s: float = 200.0) -> Any:

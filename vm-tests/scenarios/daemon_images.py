@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 
-TESTS = "nydus_images or loose or own_bootstrap or single_file or chunked or two_directories or survive"
+TESTS = "nydus_images or loose or own_bootstrap or single_file or chunked or two_directories"
 NO_TESTS = 5  # pytest's exit code
 
 

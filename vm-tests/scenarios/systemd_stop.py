@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from service_rig import is_mounted, prop, slow_image, status, systemctl
+from service_rig import is_mounted, journal, prop, slow_image, status, systemctl
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         systemctl("stop", "erofsd")
         assert not is_mounted()
         assert prop("NFileDescriptorStore") == "0"
-        assert prop("Result") == "success"
+        assert prop("Result") == "success", journal()
         systemctl("start", "erofsd")
         assert is_mounted()
         image.start_readers(1).check()

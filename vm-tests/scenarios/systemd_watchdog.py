@@ -12,14 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from service_rig import prop, serving, slow_image, status, systemctl, wait_for
+from service_rig import EMULATED, prop, serving, slow_image, status, systemctl, wait_for
 
 DROP_IN = Path("/etc/systemd/system/erofsd.service.d/impatient.conf")
 
 
 def main() -> None:
     DROP_IN.parent.mkdir()
-    DROP_IN.write_text("[Service]\nWatchdogSec=6s\nTimeoutAbortSec=1s\n")
+    DROP_IN.write_text(f"[Service]\nWatchdogSec={40 if EMULATED else 6}s\nTimeoutAbortSec=1s\n")
     systemctl("daemon-reload")
     systemctl("restart", "erofsd")
     with slow_image() as image:

@@ -185,7 +185,7 @@ def command_script(command: Sequence[str], environment: Mapping[str, str], cwd: 
 
     By env(1), not by export: a name like ``npm_config_x-y`` is fine for execve and not for a shell.
     """
-    words = ["env", "-i", *(f"{name}={value}" for name, value in environment.items())]
+    words = ["env", "-i", "--", *(f"{name}={value}" for name, value in environment.items())]
     if "=" in command[0]:  # env would take it for one more variable; nice passes it on untouched
         words += ["nice", "-n", "0"]
     quoted = " ".join(shlex.quote(word) for word in (*words, *command))
