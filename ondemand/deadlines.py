@@ -16,7 +16,9 @@ deadline would multiply it. So
 
 A request follows a denial if it is about the same object, touches the denied range, and comes within a
 second; or if it comes from the same process directly afterwards. It does not, if its very range was asked for
-again and denied again before: then that read has ended in EIO, and this is a later one, which tries afresh. A
+again and denied again a while before: then that read has ended in EIO, and this is a later one, which tries
+afresh. Directly after that denial it may be a fault's second try, or another reader who has been waiting for
+the same page all the time: those follow it, one after the other, each with a quarter of what is left. A
 denial that came at once used up nothing, and is not remembered.
 
 Times are seconds of any monotonic clock, and the caller's to tell.
@@ -36,7 +38,7 @@ LAST_SHARE = 0.25
 AT_ONCE_SHARE = 0.005
 SAME_RANGE_S = 1.0
 SAME_PROCESS_S = 0.1  # the kernel asks again as soon as the reader's thread runs
-SAME_FAULT_S = 0.002
+SAME_PAGE_S = 0.05  # until somebody who has waited for the page runs: 0.2 ms, but much more under load
 DENIED_MAX = 1024
 """Most denials remembered; a flood of them forgets the oldest, whose followers then get a full budget."""
 
@@ -99,7 +101,8 @@ class Deadlines:
         while self._denials and now - self._denials[0].when > SAME_RANGE_S:
             self._denials.popleft()
         live = [denial for denial in self._denials if now - denial.start <= self._deadline_s]
-        if any(d.again and d.key == key and d.want == want and now - d.when > SAME_FAULT_S for d in live):
+        ended = max((d.when for d in live if d.again and d.key == key and d.want == want), default=now)
+        if now - ended > SAME_PAGE_S:
             return None
         starts = (d.start for d in live if _follows(d, key, want, pid, now))
         return min(starts, default=None)

@@ -11,7 +11,7 @@ until the chunk is there, has failed or was given up. All three happen on the ev
 A landing's future is never cancelled by those who wait for it, so one impatient reader cancels its own wait
 and nothing else. But a source that hangs must not keep the next reader hanging: the last reader that gives up
 cancels the flight, and so does one that has waited for long and seen nothing of it arrive, on behalf of all
-others. A flight of the background goes on without readers, unless one has waited for it in vain.
+others. A flight of the background goes on without readers, unless one has waited for it until its deadline.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from erofsd.blobs.store import Binding
 from erofsd.errors import ErofsdError
 from erofsd.fill.plan import Run
 
+SLOW_BYTES_PER_S = 16 << 10  # stored; a flight that does worse for ``LONG_S`` had better begin again
 LONG_S = 5.0  # a flight that brings nothing for so long to a reader that then gives up is not worth joining
 
 
@@ -41,7 +42,9 @@ class Flight:
         urgent: A reader waits for it, or did.
         readers: How many wait for one of its chunks now.
         progress: Grows with everything that arrives and every chunk that lands.
-        moved_at: When something arrived last, or its request was sent; None before that. Monotonic seconds.
+        began_at: When its request was sent; None before that. Monotonic seconds.
+        moved_at: When something arrived last; at first, when its request was sent.
+        received: Stored bytes that have arrived.
         begun: Its task has made its first step, and settles its landings from now on.
     """
 
@@ -53,7 +56,9 @@ class Flight:
         self.urgent = not background
         self.readers = 0
         self.progress = 0
-        self.moved_at: float | None = None
+        self.began_at: float | None = None
+        self.moved_at = 0.0
+        self.received = 0
         self.begun = False
         self.task: asyncio.Task[None] | None = None
         self.on_urgent: Callable[[], None] | None = None
@@ -69,8 +74,12 @@ class Flight:
 
     @property
     def is_stuck(self) -> bool:
-        """True if nobody waits for it and it has brought nothing for long: not worth joining."""
-        return not self.readers and self.moved_at is not None and time.monotonic() - self.moved_at >= LONG_S
+        """True if nobody waits for it and it has brought nothing, or next to nothing, for long."""
+        if self.readers or self.began_at is None:
+            return False
+        now = time.monotonic()
+        age_s = now - self.began_at
+        return now - self.moved_at >= LONG_S or (age_s >= LONG_S and self.received < SLOW_BYTES_PER_S * age_s)
 
     def give_up(self, *, in_vain: bool, waited_s: float) -> None:
         """A reader that waited for it was cancelled.
@@ -78,8 +87,7 @@ class Flight:
         Args:
             in_vain: Nothing arrived in the meantime.
         """
-        alone = not self.readers and (in_vain or not self.background)
-        if alone or (in_vain and waited_s >= LONG_S):
+        if not self.readers or (in_vain and waited_s >= LONG_S):
             self.cancel()
 
     def cancel(self) -> None:

@@ -198,7 +198,7 @@ class Pipeline:
         assert source is not None
         counted = self.statistics(binding.image)
         counted.requests += 1
-        began = flight.moved_at = time.monotonic()
+        began = flight.began_at = flight.moved_at = time.monotonic()
         first = 0.0
         received = 0
         stream = source.stream(binding.layout.blob_id, flight.run.compressed)
@@ -209,6 +209,7 @@ class Pipeline:
                     first = flight.moved_at
                     first_bytes = len(piece)
                 received += len(piece)
+                flight.received = received
                 flight.progress += 1
                 counted.transferred_bytes += len(piece)
                 if received > len(flight.run.compressed):

@@ -193,6 +193,7 @@ class FillProvider:
         try:
             await self._fill(target, chunks, want)
         except asyncio.CancelledError:
+            self._distrust(target, chunks)
             error = self._named(target, chunks, "not within the deadline")
             log.error("fill.expired", blob_id=target.blob.name, chunk_index=chunks.start, error=error)
             raise
@@ -406,6 +407,16 @@ class FillProvider:
             flight = self.launch(target, binding, run, background=True)
             flight.on_failed = lambda: self._be_shy(target)
 
+    def _distrust(self, target: _Object, chunks: range) -> None:
+        """A reader waited until its deadline: what the source brings unasked must not delay the next one."""
+        sources = {id(b.source) for b in target.blob.bindings if chunks and b.layout.stated[chunks.start]}
+        for other in self._by_blob.values():
+            for flight in other.landings.flights():
+                unasked = flight.background and not (flight.yields or flight.readers)
+                if unasked and id(flight.binding.source) in sources:
+                    flight.cancel()
+                    self._be_shy(other)
+
     @staticmethod
     def _be_shy(target: _Object) -> None:
         target.shy_until = time.monotonic() + SHY_S
@@ -421,7 +432,7 @@ class FillProvider:
         if binding is None:
             return f"{target.blob.name}: {problem}"
         blob_id = binding.layout.blob_id
-        if blob_id not in problem:
+        if f"blob {blob_id} chunk" not in problem:
             source = binding.source.name if binding.source is not None else "no source"
             problem = f"{binding.image}: blob {blob_id} chunk {chunks.start} from {source}: {problem}"
         last = getattr(binding.source, "health", None)

@@ -56,7 +56,7 @@ def test_a_strange_read_gets_a_full_budget() -> None:
 def test_a_read_that_was_refused_for_good_may_be_tried_afresh() -> None:
     deadlines = Deadlines(DEADLINE_S)
     now = hang(deadlines, [(KEY, pages(0, 32)), (KEY, pages(0, 1))], 100.0)
-    assert deadlines.admit(KEY, pages(0, 1), 7, now + 0.01).start == now + 0.01
+    assert deadlines.admit(KEY, pages(0, 1), 7, now + 0.1).start == now + 0.1
 
 
 def test_a_page_fault_asks_a_third_time_and_does_not_start_afresh() -> None:
@@ -65,6 +65,14 @@ def test_a_page_fault_asks_a_third_time_and_does_not_start_afresh() -> None:
         deadlines, [(KEY, pages(0, 31)), (KEY, pages(31, 1)), (KEY, pages(0, 1)), (KEY, pages(0, 1))], 0.0
     )
     assert end <= DEADLINE_S
+
+
+def test_eight_readers_who_waited_for_one_page_are_all_refused_in_time() -> None:
+    deadlines = Deadlines(DEADLINE_S)
+    now = hang(deadlines, [(KEY, pages(0, 32)), (KEY, pages(0, 1))], 0.0)
+    for _ in range(7):  # the page was locked while the first one waited, and each asks for itself
+        now = hang(deadlines, [(KEY, pages(0, 1))], now + 0.01)
+    assert now <= DEADLINE_S
 
 
 def test_a_later_read_starts_afresh() -> None:

@@ -166,7 +166,8 @@ def free_number(at_least: int) -> int:
 async def test_stale_numbers_are_taken_until_they_are_answered(
     rig: ScriptedRig, provider: PatternProvider
 ) -> None:
-    number = free_number(500)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    number = free_number(soft - 10)  # where no other descriptor is made meanwhile
     note(rig, number, 0, identity(rig, KEYS[0]))
     engine = successor(rig)
     engine.recover()
