@@ -231,8 +231,10 @@ class _BackendSource:
         if self._given_up:
             raise SourceError(f"{self.name}: nobody waits for it any more")
         coming = _fetch(self._backend, self._blob_id, Range.of(offset, length))
-        self._pending = asyncio.run_coroutine_threadsafe(coming, self._loop)
-        return self._pending.result()
+        pending = self._pending = asyncio.run_coroutine_threadsafe(coming, self._loop)
+        if self._given_up:  # between the first look and the assignment, when there was nothing to cancel
+            pending.cancel()
+        return pending.result()
 
     def give_up(self) -> None:
         """Let the thread that reads fail: now, if it waits, else with its next read."""
