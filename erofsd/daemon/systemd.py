@@ -59,7 +59,10 @@ def take_stored(environment: MutableMapping[str, str]) -> list[tuple[str, int]]:
     fds = range(FIRST_FD, FIRST_FD + int(count))
     for fd in fds:
         os.set_inheritable(fd, False)
-    return list(zip(names.split(":"), fds, strict=True)) if fds else []
+    known = names.split(":")
+    if len(known) != len(fds):
+        known = ["unknown"] * len(fds)  # as sd_listen_fds_with_names(3) has it
+    return list(zip(known, fds, strict=True))
 
 
 class ServiceManager:
