@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmrun import cache, packages, space
+from vmrun import cache, packages, roots, space
 from vmrun.errors import RunnerError
 from vmrun.job import command_script
 from vmrun.recipes import stock, uml
@@ -101,3 +101,17 @@ def test_the_newest_kernel_whose_parts_are_all_there_is_taken() -> None:
 @pytest.mark.parametrize("path", ["/a b", "/a,b", "/a:b", "/a\nb"])
 def test_paths_that_a_kernel_command_line_would_split_are_refused(path: str) -> None:
     assert not space.is_plain(Path(path))
+
+
+def test_a_root_of_its_own_gets_the_checkouts_units_and_program(tmp_path: Path) -> None:
+    roots.overlay(tmp_path, Path("/job/init"))
+    enabled = sorted((tmp_path / "etc/systemd/system/multi-user.target.wants").iterdir())
+    assert [unit.name for unit in enabled] == ["erofsd.service", "vm-command.service"]
+    assert "ExecStart=/bin/sh /job/init command\n" in enabled[1].read_text()
+    assert (tmp_path / "usr/bin/erofsd").readlink() == roots.CHECKOUT / ".venv/bin/erofsd"
+
+
+def test_a_root_of_its_own_sees_the_checkout_and_the_callers_directory_once() -> None:
+    assert roots.CHECKOUT in roots.visible(roots.CHECKOUT / "tests")
+    assert roots.CHECKOUT / "tests" not in roots.visible(roots.CHECKOUT / "tests")
+    assert Path("/srv/elsewhere") in roots.visible(Path("/srv/elsewhere"))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HERE, Guest
+from vmrun import roots
 
 PYTHON = sys.executable  # the checkout's own environment, used in the guest under the same path
 
@@ -212,6 +213,21 @@ def test_the_kernel_has_the_interface_it_is_for(guest: Guest) -> None:
         PYTHON, HERE / "scenarios" / ("on_demand_device.py" if guest.on_demand else "pre_content.py")
     )
     assert reply.returncode == 0, reply.stdout + reply.stderr
+
+
+def test_a_command_under_systemd_is_like_any_other(guest: Guest, tmp_path: Path) -> None:
+    if roots.find() is None:
+        pytest.skip("the root with systemd is not built: `vm-tests/run --build-root`")
+    disk = tmp_path / "disk"
+    options = ("--root", "systemd", "--disk", str(disk))
+    script = """
+        cat /proc/1/comm; cat /var/lib/erofsd/left 2>&1 >/dev/null | wc -l
+        echo err >&2; echo x >/var/lib/erofsd/left; sync; exit 7
+    """
+    for missing in (1, 0):  # the second one finds what the first one left on the disk
+        reply = guest.run("sh", "-c", script, options=options)
+        assert (reply.returncode, reply.stdout) == (7, f"systemd\n{missing}\n".encode()), reply.stderr
+        assert reply.stderr.startswith(b"err\n")
 
 
 def test_a_kernel_that_is_not_built_is_125_and_says_so(tmp_path: Path) -> None:

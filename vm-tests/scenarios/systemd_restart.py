@@ -2,7 +2,7 @@
 
 kernels: fanotify uml-6.12 uml-6.1
 root: systemd
-time limit: 400 s under emulation, 60 s else
+time limit: 600 s under emulation, 150 s else
 """
 
 import os
