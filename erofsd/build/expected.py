@@ -1,0 +1,94 @@
+"""What an image has to be, in a file: so that the tree itself is gone from memory when they are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from erofsd.build.compare import Item, node_items
+from erofsd.build.record import messages, put
+from erofsd.images.tree import Node
+
+
+class _Row(msgspec.Struct, array_like=True):
+    path: bytes
+    type: str
+    mode: int
+    uid: int
+    gid: int
+    mtime: int
+    size: int
+    rdev: int
+    target: bytes | None
+    xattrs: list[tuple[bytes, bytes]]
+    inode: int | None
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A tree in a file.
+
+    Attributes:
+        entries: Names in it.
+        content_bytes: Sizes of all regular files, by name.
+    """
+
+    path: Path
+    entries: int
+    content_bytes: int
+
+    def items(self) -> Iterator[Item]:
+        """Its entries."""
+        decoder = msgspec.msgpack.Decoder(_Row)
+        with self.path.open("rb") as file:
+            for message in messages(file):
+                row = decoder.decode(message)
+                yield Item(
+                    row.path,
+                    row.type,
+                    row.mode,
+                    row.uid,
+                    row.gid,
+                    row.mtime,
+                    row.size,
+                    row.rdev,
+                    row.target,
+                    dict(row.xattrs),
+                    row.inode,
+                    partial(_digest, row.digest),
+                )
+
+
+def _digest(digest: bytes) -> bytes:
+    return digest
+
+
+def write_expected(root: Node, path: Path) -> Expected:
+    """Write the tree below *root* to *path*. Blocks."""
+    encoder = msgspec.msgpack.Encoder()
+    entries = content = 0
+    with path.open("wb") as file:
+        for item in node_items(root):
+            row = _Row(
+                item.path,
+                item.type,
+                item.mode,
+                item.uid,
+                item.gid,
+                item.mtime,
+                item.size,
+                item.rdev,
+                item.target,
+                list(item.xattrs.items()),
+                item.inode if isinstance(item.inode, int) else None,
+                item.digest(),
+            )
+            put(file, encoder.encode(row))
+            entries += 1
+            content += item.size if item.type == "reg" else 0
+    return Expected(path, entries, content)
