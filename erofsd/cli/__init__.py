@@ -16,7 +16,19 @@ from collections.abc import Sequence
 import erofsd
 from erofsd.errors import ErofsdError
 
-VERBS = ("serve", "mount", "umount", "ls", "prefetch", "inspect", "check", "doctor", "quickstart")
+VERBS = (
+    "serve",
+    "mount",
+    "umount",
+    "ls",
+    "prefetch",
+    "inspect",
+    "check",
+    "build",
+    "convert",
+    "doctor",
+    "quickstart",
+)
 
 EPILOG = """\
 examples:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from erofsd.cli.options import Subparsers, add_config, add_json, add_source, add_verb, run_async
-from erofsd.errors import BlobCorrupt, ErofsdError, ImageRefused
+from erofsd.errors import BlobCorrupt, ErofsdError, ImageRefused, UsageError
 
 if TYPE_CHECKING:
     from erofsd.blobs.layout import BlobLayout
+    from erofsd.build.compare import Difference
     from erofsd.cli.opened import Opened
     from erofsd.cli.output import Bar
     from erofsd.images.base import ByteSource
@@ -27,6 +28,10 @@ class Report:
         verified: What stands behind the bytes: ``blake3``, ``sha256``, or ``none``.
         chunks: Chunks whose data was fetched, decoded and, where there are digests, compared.
         faults: One text a fault; empty if the image is sound.
+        against: What its tree was compared with; None if with nothing.
+        differences: In what the trees differ: the first ones.
+        difference_count: All of them.
+        warnings: What of the other tree no image can hold, and was left out.
     """
 
     ref: str
@@ -36,6 +41,10 @@ class Report:
     chunks: int = 0
     stored_bytes: int = 0
     faults: list[str] = field(default_factory=list)
+    against: str | None = None
+    differences: list[Difference] = field(default_factory=list)
+    difference_count: int = 0
+    warnings: list[str] = field(default_factory=list)
     ok: bool = False
 
 
@@ -44,22 +53,43 @@ def add_parser(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser = add_verb(
         subparsers,
         "check",
-        "verify an image: metadata, every chunk's digest, every file's content",
+        "verify an image: metadata, every chunk, every file; compare its tree with another",
         """
 erofsd check registry.example/app:nydus
 erofsd check --json file:/images/app.boot --blobs /images/blobs
+erofsd check registry.example/app:nydus --against registry.example/app:latest
+erofsd check ./app.erofs --against ./rootfs --ignore mtime
 """,
     )
     add_source(parser)
+    parser.add_argument(
+        "--against", metavar="REF|DIR|TAR", help="prove that its tree is that of this image, directory or tar"
+    )
+    parser.add_argument(
+        "--ignore",
+        metavar="ASPECTS",
+        type=_aspects,
+        default=(),
+        help="with --against: mtime, xattrs, or both with a comma: do not compare these",
+    )
     add_config(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
 
+def _aspects(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    if not set(found) <= {"mtime", "xattrs"}:
+        raise argparse.ArgumentTypeError(f"only mtime and xattrs can be ignored, not {text!r}")
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
-    """Verify; the exit code is 4 if anything is wrong with the image."""
+    """Verify; the exit code is 4 if anything is wrong with the image, or not as in the other tree."""
     from erofsd.cli.output import human, print_json
 
+    if args.ignore and args.against is None:
+        raise UsageError("check: --ignore goes with --against")
     report = Report(args.ref)
     try:
         run_async(_check(args, report))
@@ -67,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             raise
         report.faults.append(str(exc))
-    report.ok = not report.faults
+    report.ok = not report.faults and not report.difference_count
     if args.json:
         print_json(report)
     elif report.ok:
@@ -75,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
             f"{args.ref}: sound: {report.format}, {report.entries} entries, {report.chunks} chunks,"
             f" {human(report.stored_bytes)}; verified: {report.verified}"
         )
+        if report.against is not None:
+            print(f"{args.ref}: the same tree as {report.against}")
     else:
         _complain(report)
     return 0 if report.ok else ImageRefused.exit_code
@@ -83,16 +115,22 @@ def run(args: argparse.Namespace) -> int:
 def _complain(report: Report) -> None:
     from erofsd.cli import report as report_error
 
-    shown = report.faults[:FAULTS_SHOWN]
-    for fault in shown:
-        report_error(ImageRefused(fault))
-    more = len(report.faults) - len(shown)
-    hint = (
-        "--json lists all of them"
-        if more
-        else "ask whoever built it, or copy it again from where it is sound"
-    )
-    report_error(ImageRefused(f"{report.ref}: {len(report.faults)} faults", hint=hint))
+    told = [*report.faults, *(f"{report.ref}: {difference}" for difference in report.differences)]
+    count = len(report.faults) + report.difference_count
+    shown = told[:FAULTS_SHOWN]
+    for text in shown:
+        report_error(ImageRefused(text))
+    if report.difference_count:
+        what = f"{report.difference_count} differences from {report.against}"
+    else:
+        what = f"{len(report.faults)} faults"
+    if count > len(shown):
+        hint = "--json lists more of them"
+    elif report.faults:
+        hint = "ask whoever built it, or copy it again from where it is sound"
+    else:
+        hint = ""
+    report_error(ImageRefused(f"{report.ref}: {what}", hint=hint))
 
 
 async def _check(args: argparse.Namespace, report: Report) -> None:
@@ -112,6 +150,36 @@ async def _check(args: argparse.Namespace, report: Report) -> None:
                     await _check_blob(opened, layout, report, bar)
             except BaseExceptionGroup as group:
                 raise _first(group) from group
+        if args.against is not None and not report.faults:
+            await _compare(args, opened, report)
+
+
+async def _compare(args: argparse.Namespace, opened: Opened, report: Report) -> None:
+    """Compare the tree of the image with the other one."""
+    import asyncio
+
+    from erofsd.build.compare import compare, image_items
+    from erofsd.build.readback import open_located
+    from erofsd.cli.against import open_side
+    from erofsd.cli.imaging import Console
+
+    console = Console()
+    image = await open_located(opened.located)
+    try:
+        async with open_side(args, console) as side:
+            threads = 2 if image.image.bootstrap is not None else 1  # see ReadBack
+            size = sum(e.size for e in opened.tree.walk() if e.type == "reg")
+            with console.phase("compare", size) as tell:
+                found = image_items(image.tree)
+                result = await asyncio.to_thread(
+                    compare, side.items, found, ignore=args.ignore, threads=threads, tell=tell
+                )
+    finally:
+        image.close()
+        console.close()
+    report.against = args.against
+    report.differences, report.difference_count = result.differences, result.count
+    report.warnings = side.warnings
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
