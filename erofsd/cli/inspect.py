@@ -85,44 +85,11 @@ def _show_files(opened: Opened, args: argparse.Namespace) -> None:
 
 
 def facts(opened: Opened, *, digests: bool) -> Iterator[tuple[dict[str, Any], Entry]]:
-    """What there is to say of each entry, by path. Names become latin-1, other bytes hexadecimal."""
+    """What there is to say of each entry, by path, and the entry."""
+    from erofsd.images.summary import tree_facts
+
     entries = sorted(opened.tree.walk(), key=lambda entry: entry.path)
-    first_path: dict[int, str] = {}
-    known: dict[int, str] = {}
-    for entry in entries:
-        fact: dict[str, Any] = {
-            "path": entry.path.decode("latin-1"),
-            "type": entry.type,
-            "mode": entry.mode,
-            "uid": entry.uid,
-            "gid": entry.gid,
-            "mtime": entry.mtime,
-        }
-        if entry.target is not None:
-            fact["target"] = entry.target.decode("latin-1")
-        if entry.type in ("chr", "blk"):
-            fact["rdev"] = entry.rdev
-        if entry.xattrs:
-            fact["xattrs"] = {k.decode("latin-1"): v.hex() for k, v in sorted(entry.xattrs.items())}
-        if entry.type == "reg":
-            fact["size"] = entry.size
-            if digests:
-                fact["sha256"] = known.get(entry.nid) or _sha256(opened, entry)
-                if entry.nlink > 1:
-                    known[entry.nid] = fact["sha256"]
-        if entry.type != "dir" and entry.nlink > 1:
-            fact["nlink"] = entry.nlink
-            fact["group"] = first_path.setdefault(entry.nid, fact["path"])
-        yield fact, entry
-
-
-def _sha256(opened: Opened, entry: Entry) -> str:
-    import hashlib
-
-    hasher = hashlib.sha256()
-    for piece in opened.tree.content(entry):
-        hasher.update(piece)
-    return hasher.hexdigest()
+    yield from zip(tree_facts(opened.tree, digests=digests), entries, strict=True)
 
 
 def _line(fact: dict[str, Any], entry: Entry) -> str:

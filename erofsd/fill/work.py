@@ -233,5 +233,5 @@ def _append(
 def _disk_error(exc: OSError) -> ErofsdError:
     text = f"cache cannot be written: {exc.strerror or exc}"
     if exc.errno in _NO_ROOM:
-        return CacheFull(text, hint="make room where state_dir is, or erofsd cache gc")
+        return CacheFull(text, hint="make room where state_dir is")
     return ErofsdError(text)
