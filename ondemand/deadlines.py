@@ -15,7 +15,7 @@ deadline would multiply it. So
 - when D is over, everything starts afresh.
 
 A request follows a denial if it is about the same object, touches the denied range, and comes within a
-second; or if it comes from the same process directly afterwards. It does not, if its very range was asked for
+second; or if it comes from the same process directly afterwards. It does not, if part of it was asked for
 again and denied again a while before: then that read has ended in EIO, and this is a later one, which tries
 afresh. Directly after that denial it may be a fault's second try, or another reader who has been waiting for
 the same page all the time: those follow it, one after the other, each with a quarter of what is left. A
@@ -101,7 +101,7 @@ class Deadlines:
         while self._denials and now - self._denials[0].when > SAME_RANGE_S:
             self._denials.popleft()
         live = [denial for denial in self._denials if now - denial.start <= self._deadline_s]
-        ended = max((d.when for d in live if d.again and d.key == key and d.want == want), default=now)
+        ended = max((d.when for d in live if d.again and d.key == key and d.want.overlaps(want)), default=now)
         if now - ended > SAME_PAGE_S:
             return None
         starts = (d.start for d in live if _follows(d, key, want, pid, now))
