@@ -7,17 +7,34 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
 
 import structlog
 
-from erofsd.fill.flight import Flight
+from erofsd.fill.flight import SILENT_S, Flight
 from erofsd.fill.work import Job
+
+COMMITTED = 4
 
 log = structlog.get_logger("erofsd.fill")
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A flight that wants memory."""
+
+    flight: Flight
+    size: int
+    granted: asyncio.Future[None]
+
+
 class Budget:
     """Bytes that flights may hold, readers first.
+
+    A source that has fallen silent holds up its own flights, not those of others: what they hold does not
+    count for others, who have nearly all of it for themselves. So that not everything comes at once in the
+    end, all together never hold more than ``COMMITTED`` times the limit.
 
     Args:
         limit: For all together; the background may use half. A flight that is larger goes alone.
@@ -25,63 +42,84 @@ class Budget:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._used = 0
-        self._urgent: deque[tuple[int, asyncio.Future[None]]] = deque()
-        self._background: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    def _fits(self, size: int, limit: int) -> bool:
-        return self._used + size <= limit or not self._used
+        self._held: dict[Flight, int] = {}
+        self._urgent: deque[_Waiting] = deque()
+        self._background: deque[_Waiting] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
     async def held(self, flight: Flight, size: int) -> AsyncIterator[None]:
         """Wait for *size* bytes, have them, give them back."""
-        await self._take(flight, size)
         try:
+            await self._take(flight, size)
             yield
         finally:
-            self._used -= size
+            self._held.pop(flight, None)
             self._wake()
 
     async def _take(self, flight: Flight, size: int) -> None:
-        queue = self._urgent if flight.urgent else self._background
-        if (
-            not self._urgent
-            and not queue
-            and self._fits(size, self._limit if flight.urgent else self._limit // 2)
-        ):
-            self._used += size
-            return
-        entry = (size, asyncio.get_running_loop().create_future())
-        queue.append(entry)
+        waiting = _Waiting(flight, size, asyncio.get_running_loop().create_future())
+        (self._urgent if flight.urgent else self._background).append(waiting)
 
         def hurry() -> None:
-            if entry in self._background:
-                self._background.remove(entry)
-                self._urgent.append(entry)
+            if waiting in self._background:
+                self._background.remove(waiting)
+                self._urgent.append(waiting)
                 self._wake()
 
         flight.on_urgent = hurry
+        self._wake()
         try:
-            await entry[1]
-        except asyncio.CancelledError:
-            if entry[1].done() and not entry[1].cancelled():
-                self._used -= size  # it was ours already
-            for waiting in (self._urgent, self._background):
-                if entry in waiting:
-                    waiting.remove(entry)
-            self._wake()
-            raise
+            await waiting.granted
+        finally:
+            for queue in (self._urgent, self._background):
+                if waiting in queue:
+                    queue.remove(waiting)
 
     def _wake(self) -> None:
-        for queue, limit in ((self._urgent, self._limit), (self._background, self._limit // 2)):
-            while queue:
-                size, granted = queue[0]
-                if not self._fits(size, limit):
-                    return
-                queue.popleft()
-                if not granted.done():
-                    self._used += size
-                    granted.set_result(None)
+        if self._grant(self._urgent, self._limit):
+            self._grant(self._background, self._limit // 2)
+        if self._timer is None and (self._urgent or self._background):
+            self._timer = asyncio.get_running_loop().call_later(SILENT_S / 2, self._look_again)
+
+    def _grant(self, queue: deque[_Waiting], limit: int) -> bool:
+        """Give to those in *queue* what there is; False if one of them has to wait for others."""
+        for waiting in list(queue):
+            room = self._room(waiting, limit)
+            if room is _Room.TAKEN:
+                return False  # those behind it must not overtake it for ever
+            if room is _Room.THERE:
+                queue.remove(waiting)
+                self._held[waiting.flight] = waiting.size
+                waiting.granted.set_result(None)
+        return True
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._wake()
+
+    def _room(self, waiting: _Waiting, limit: int) -> _Room:
+        source = waiting.flight.source
+        own = sum(size for flight, size in self._held.items() if flight.source is source)
+        others = sum(
+            size
+            for flight, size in self._held.items()
+            if flight.source is not source and not flight.is_silent
+        )
+        if own and own + waiting.size > limit:
+            return _Room.OWN_FAULT
+        if own + others and own + others + waiting.size > limit:
+            return _Room.TAKEN
+        committed = sum(self._held.values())
+        if committed and committed + waiting.size > COMMITTED * self._limit:
+            return _Room.TAKEN
+        return _Room.THERE
+
+
+class _Room(Enum):
+    THERE = auto()
+    TAKEN = auto()
+    OWN_FAULT = auto()  # its own source has taken all that one may
 
 
 class Threads:

@@ -21,11 +21,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from erofsd.backends.base import Backend
 from erofsd.blobs.store import Binding
 from erofsd.errors import ErofsdError
 from erofsd.fill.plan import Run
 
 SLOW_BYTES_PER_S = 16 << 10  # stored; a flight that does worse for ``LONG_S`` had better begin again
+SILENT_S = 0.5
 LONG_S = 5.0  # a flight that brings nothing for so long to a reader that then gives up is not worth joining
 
 
@@ -71,6 +73,16 @@ class Flight:
             self.urgent = True
             if self.on_urgent is not None:
                 self.on_urgent()
+
+    @property
+    def source(self) -> Backend | None:
+        """Where it fetches from."""
+        return self.binding.source
+
+    @property
+    def is_silent(self) -> bool:
+        """True if its source has sent nothing for a while."""
+        return self.began_at is not None and time.monotonic() - self.moved_at >= SILENT_S
 
     @property
     def is_stuck(self) -> bool:

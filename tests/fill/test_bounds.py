@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -16,9 +20,9 @@ from ondemand.ranges import Range
 class Rider:
     """Something that wants memory, tells when it got it, and keeps it until told."""
 
-    def __init__(self, budget: Budget, size: int, *, background: bool) -> None:
-        binding: Binding = None  # type: ignore[assignment]  # a budget does not look at it
-        self.flight = Flight(binding, Run((0,), Range(0, 1)), background=background)
+    def __init__(self, budget: Budget, size: int, *, background: bool, source: object = None) -> None:
+        binding = SimpleNamespace(source=source)
+        self.flight = Flight(cast(Binding, binding), Run((0,), Range(0, 1)), background=background)
         self.has = False
         self._let_go = asyncio.Event()
         self.task = asyncio.get_running_loop().create_task(self._ride(budget, size))
@@ -32,6 +36,12 @@ class Rider:
     async def let_go(self) -> None:
         self._let_go.set()
         await self.task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  # a budget looks at clocks
+            await asyncio.sleep(0.01)
 
 
 async def settle() -> None:
@@ -93,6 +103,39 @@ async def test_what_is_larger_than_all_goes_alone() -> None:
     await settle()
     assert large.has
     await large.let_go()
+
+
+async def test_a_silent_source_holds_up_nobody_but_itself() -> None:
+    budget = Budget(100)
+    silent, other = object(), object()
+    stuck = Rider(budget, 90, background=False, source=silent)
+    await settle()
+    second = Rider(budget, 90, background=False, source=silent)
+    reader = Rider(budget, 90, background=False, source=other)
+    await settle()
+    assert not reader.has  # it has only just asked
+    stuck.flight.began_at = stuck.flight.moved_at = time.monotonic() - 1
+    await until(lambda: reader.has)
+    assert not second.has
+    await reader.let_go()
+    await stuck.let_go()
+    await settle()
+    assert second.has
+    await second.let_go()
+
+
+async def test_silent_sources_together_do_not_hold_any_amount() -> None:
+    budget = Budget(100)
+    riders = [Rider(budget, 100, background=False, source=object()) for _ in range(6)]
+    for count in range(1, 5):
+        await until(lambda count=count: sum(rider.has for rider in riders) == count)
+        for rider in riders:
+            if rider.has:
+                rider.flight.began_at = rider.flight.moved_at = time.monotonic() - 1
+    await asyncio.sleep(0.6)  # longer than it takes to notice
+    assert [rider.has for rider in riders] == [True] * 4 + [False] * 2
+    for rider in riders:
+        await rider.let_go()
 
 
 @pytest.mark.parametrize("when", ["waiting", "granted", "holding"])
