@@ -74,6 +74,8 @@ async def _translate(
         return _json(
             ErrorReply(error=f"{request.method} {request.path}: {exc.reason}", exit_code=2), exc.status
         )
+    except ConnectionResetError:
+        return web.Response()  # nobody listens any more
     except Exception as exc:
         log.exception("request.crashed", method=request.method, path=request.path)
         return _json(

@@ -29,7 +29,7 @@ from erofsd.daemon.images import ImageLoader, OpenedImage
 from erofsd.daemon.mount import Host, Mount, in_thread
 from erofsd.daemon.mountinfo import SUPERBLOCKS, MountPoint, mount_points, superblocks
 from erofsd.daemon.state import MountRecord, MountTable
-from erofsd.errors import ErofsdError, NotPossibleHere
+from erofsd.errors import ErofsdError, NotPossibleHere, UsageError
 from erofsd.fill.provider import FillProvider
 from ondemand import syscalls
 
@@ -56,7 +56,13 @@ def _remedy(exc: OSError) -> str:
 
 
 async def resolve(directory: str) -> str:
-    """*directory* without symbolic links; in a thread, since the path may lead through a mount of our own."""
+    """*directory* without symbolic links; in a thread, since the path may lead through a mount of our own.
+
+    Raises:
+        UsageError: It is not absolute, or no path at all.
+    """
+    if not directory.startswith("/") or "\0" in directory:
+        raise UsageError(f"{directory!r}: not an absolute path")
     return await asyncio.to_thread(os.path.realpath, directory)
 
 
