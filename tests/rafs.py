@@ -14,7 +14,7 @@ import stat
 import struct
 import tarfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import blake3
@@ -145,6 +145,26 @@ def make_image(
     finished = [blob.finish() for blob in blobs]
     bootstrap = _bootstrap(files, placed, blobs, [entry for _, entry in finished], chunk_size)
     return RafsImage(bootstrap, {e[:64].decode(): f for f, e in finished}, dict(files))
+
+
+def make_family(
+    files: Mapping[str, bytes], selections: Iterable[Iterable[str]], *, chunk_size: int = 64 << 10
+) -> list[RafsImage]:
+    """Images over one and the same blob with all *files*: one for each selection of their names."""
+    blob = Blob("zstd", "blake3")
+    placed = {
+        name: [(0, blob.add(content[at : at + chunk_size])) for at in range(0, len(content), chunk_size)]
+        for name, content in sorted(files.items())
+    }
+    file, entry = blob.finish()
+    images = []
+    for selection in selections:
+        part = {name: files[name] for name in selection}
+        used = {chunk.index for name in part for _, chunk in placed[name]}
+        seen = replace(blob, chunks=[chunk for chunk in blob.chunks if chunk.index in used])
+        bootstrap = _bootstrap(part, {name: placed[name] for name in part}, [seen], [entry], chunk_size)
+        images.append(RafsImage(bootstrap, {entry[:64].decode(): file}, part))
+    return images
 
 
 def _bootstrap(

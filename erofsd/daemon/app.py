@@ -73,14 +73,30 @@ class RestoringProvider:
     def __init__(self, inner: FillProvider, in_doubt: Callable[[ObjectKey], bool]) -> None:
         self._inner = inner
         self._in_doubt = in_doubt
-        self.restored = asyncio.Event()
+        self._restored = False
+        self._news: set[asyncio.Future[None]] = set()  # of those who wait for more images
+
+    def came_back(self, *, all_of_them: bool = False) -> None:
+        """An image is back, or *all_of_them* are."""
+        self._restored |= all_of_them
+        for waiter in self._news:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _wait_restored(self, is_enough: Callable[[], bool]) -> None:
+        while not self._restored and not is_enough():
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._news.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._news.discard(waiter)
 
     def present(self, key: ObjectKey, want: Range) -> bool:
         return self._inner.present(key, want)
 
     async def fill(self, key: ObjectKey, want: Range, sink: Sink) -> None:
-        if not self._inner.can_fill(key, want):
-            await self.restored.wait()
+        await self._wait_restored(lambda: self._inner.can_fill(key, want))
         try:
             await self._inner.fill(key, want, sink)
         except NobodyReads as exc:
@@ -89,8 +105,7 @@ class RestoringProvider:
             raise
 
     async def open(self, key: ObjectKey, sink: Sink) -> int:
-        if not self._inner.attached(key):
-            await self.restored.wait()
+        await self._wait_restored(lambda: self._inner.attached(key))
         return await self._inner.open(key, sink)
 
     def closed(self, key: ObjectKey) -> None:
@@ -166,10 +181,10 @@ class Worker:
                     group.create_task(engine.serve(provider), name=engine.name)
                 self._provider.on_complete = self._on_complete
                 group.create_task(self._provider.run(), name="fill")
-                await self._mounts.restore(first=first)
+                await self._mounts.restore(first=first, on_each=provider.came_back)
                 await self._forget_unused()
                 await self._registrations.restore()
-                provider.restored.set()
+                provider.came_back(all_of_them=True)
                 watch = MountWatch(loop, lambda: self._spawn(self._mounts.look_around()))
                 self._spawn(self._mounts.look_around())
                 group.create_task(self._mounts.release_lingering(), name="lingering")

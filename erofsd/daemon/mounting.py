@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -393,10 +393,11 @@ class Mounts:
 
     # -- restore and stop -------------------------------------------------------------------------------
 
-    async def restore(self, *, first: bool) -> None:
+    async def restore(self, *, first: bool, on_each: Callable[[], None]) -> None:
         """Bring back what the table says.
 
         Args:
+            on_each: Called after each: its readers need not wait for the others.
             first: No worker before this one had the group: what is mounted was unguarded in between, so its
                 page cache may hold zeros. It is mounted anew.
         """
@@ -411,6 +412,7 @@ class Mounts:
                 if not isinstance(exc, ErofsdError | OSError):
                     log.exception("restore.crashed", dir=record.dir, ref=record.ref)
                 await self._fail(mount, exc, first=first)
+            on_each()
 
     async def _fail(self, mount: Mount, exc: Exception, *, first: bool) -> None:
         """It does not come back for now. What a living superblock of it has open goes on being guarded."""
