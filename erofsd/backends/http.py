@@ -12,15 +12,21 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-import aiohttp
-from aiohttp import ClientResponse
 from yarl import URL
 
 from erofsd.backends.blobid import split_blob_id
 from erofsd.backends.transport import HttpClient, plain, refusal, refuse_page, translate
 from erofsd.errors import BackendTemporary, BlobCorrupt, BlobNotFound, SourceError
+from erofsd.lazy import load_lazily
 from ondemand.ranges import Range
+
+if TYPE_CHECKING:
+    import aiohttp
+    from aiohttp import ClientResponse
+else:
+    aiohttp = load_lazily("aiohttp")
 
 # Of a server without ranges at most this much is read to get at the end of an object.
 WHOLE_OBJECT_MAX = 8 << 20

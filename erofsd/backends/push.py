@@ -18,9 +18,8 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from aiohttp import ClientResponse
 from yarl import URL
 
 from erofsd.backends.documents import INDEX_MAX, REF_NAME, Document, digest_of
@@ -31,6 +30,9 @@ from erofsd.backends.retry import RetryBackend, pause_s
 from erofsd.backends.settings import SourceSettings
 from erofsd.backends.transport import plain, refusal
 from erofsd.errors import BackendTemporary, BlobCorrupt, BlobNotFound, CorruptImage, ErofsdError, SourceError
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse
 
 PIECE_SIZE = 256 << 10
 SINGLE_MAX = 1 << 20  # bytes that go with the request that ends an upload: another round trip costs more

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-from aiohttp import ClientResponse
 from yarl import URL
 
 from erofsd.backends.auth import Authorizer
@@ -28,6 +28,9 @@ from erofsd.backends.settings import SourceSettings
 from erofsd.backends.transport import HttpClient, HttpLimits, TlsRefused, is_loopback, refusal, refuse_page
 from erofsd.errors import SourceError, UnsupportedImage
 from ondemand.ranges import Range
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse
 
 DOCKER_HUB_ENDPOINT = "registry-1.docker.io"
 _ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES, *SCHEMA1_TYPES))

@@ -12,11 +12,10 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from time import time
+from typing import TYPE_CHECKING
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
 import msgspec
-from aiohttp import ClientResponse
 from yarl import URL
 
 import erofsd
@@ -30,6 +29,14 @@ from erofsd.errors import (
     ErofsdError,
     SourceError,
 )
+from erofsd.lazy import load_lazily
+
+if TYPE_CHECKING:
+    import aiohttp
+    from aiohttp import ClientResponse
+else:
+    # A tenth of a second, most of it for TLS contexts: commands on local files do without.
+    aiohttp = load_lazily("aiohttp")
 
 MAX_REDIRECTS = 5
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
