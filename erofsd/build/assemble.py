@@ -19,7 +19,7 @@ from erofsd.build.record import LayerRecord
 from erofsd.build.source import Warn, show
 from erofsd.errors import ErofsdError, ImageRefused
 from erofsd.images.rafs6.writer import write_bootstrap
-from erofsd.images.tree import ChunkSet, Node, PackedBlob
+from erofsd.images.tree import ChunkSet, Node, PackedBlob, walk
 
 SHOWN = 10
 _COLUMNS = ("index", "offset", "size", "stored_offset", "stored_size", "flags", "crc")
@@ -31,10 +31,17 @@ class NotTheSame(ImageRefused):
 
 @dataclass(slots=True)
 class Assembly:
-    """A tree with the chunks that its files have."""
+    """A tree with the chunks that its files have.
+
+    Attributes:
+        entries: Names in it.
+        content_bytes: Sizes of all regular files, by name.
+    """
 
     root: Node
     chunks: ChunkSet
+    entries: int
+    content_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,12 @@ def assemble(records: Iterable[LayerRecord], warn: Warn) -> Assembly:
                 if entry.node.chunks:
                     entry.node.chunks = shifted(entry.node.chunks, base)
         layers.append(record.layer)
-    return Assembly(merge(layers, warn=warn), image.chunks)
+    root = merge(layers, warn=warn)
+    entries = content = 0
+    for _, node in walk(root):
+        entries += 1
+        content += node.size
+    return Assembly(root, image.chunks, entries, content)
 
 
 def _append(image: ImageChunks, other: ChunkSet) -> None:

@@ -159,21 +159,23 @@ class Job:
             ImageRefused: The layers make no tree, or not one that the format can hold; or it is not proved.
         """
         finished, expected = await self._write(records, number)
-        self.outcome.entries += expected.entries
-        self.outcome.content_bytes += expected.content_bytes
-        if self.wanted.check:
+        if expected is not None:
             with self.report.phase("check", expected.content_bytes) as tell:
                 prove = self._prove_plain if finished.bootstrap is None else self._prove_rafs
                 await prove(name, expected, finished, tell)
             self.outcome.checked = True
         return finished
 
-    async def _write(self, records: Iterable[LayerRecord], number: int) -> tuple[Finished, Expected]:
+    async def _write(self, records: Iterable[LayerRecord], number: int) -> tuple[Finished, Expected | None]:
         # The tree lives here only: reading the image back takes as much memory again.
         assembly = await self.in_thread(assemble.assemble, records, self.warn)
-        expected = await self.in_thread(
-            write_expected, assembly.root, self.work.scratch(f"expected-{number}")
-        )
+        self.outcome.entries += assembly.entries
+        self.outcome.content_bytes += assembly.content_bytes
+        expected = None
+        if self.wanted.check:
+            expected = await self.in_thread(
+                write_expected, assembly.root, self.work.scratch(f"expected-{number}")
+            )
         path = self.work.scratch(f"image-{number}")
         if self.wanted.format == "erofs":
             return await self._finish_plain(assembly, path), expected

@@ -111,10 +111,12 @@ class WorkDir:
         return self.path / "fetched" / digest.replace(":", "-")
 
     def keep_blob(self, path: Path, blob_id: str) -> Path:
-        """Take a finished blob from *path*, on the same file system; it is on disk when this returns."""
+        """Take a finished blob from *path*, on the same file system. It begins its way to the disk."""
         fd = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(fd)
+            # Writes back without waiting for it, and does not drop what is not clean (mm/fadvise.c): whoever
+            # syncs the blob later waits less.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
         os.replace(path, self.blob(blob_id))
@@ -141,9 +143,15 @@ class WorkDir:
             return None
 
     def save(self, key: str, record: LayerRecord) -> None:
-        """Remember what the layer *key* became; its blob was given to `keep_blob` before."""
+        """Remember what the layer *key* became; its blob was given to `keep_blob` before.
+
+        Both are on disk when this returns, the blob first: what is remembered is there after a power failure.
+        """
         path = self.scratch(f"record-{_hashed(key)}")
         try:
+            if record.layer.blob is not None:
+                _sync(self.blob(record.layer.blob.blob_id))
+                _sync(self.path / "blobs")
             with path.open("wb") as file:
                 write_record(file, record)
                 file.flush()
@@ -158,6 +166,14 @@ class WorkDir:
     def _clear_scratch(self) -> None:
         for path in self.path.glob("scratch-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def lock_is_current(lock: BinaryIO, path: Path) -> bool:
