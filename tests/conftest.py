@@ -4,12 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from erofsd.blobs.chunkmap import ChunkMap
+from erofsd.blobs.store import StoredBlob
 from tests.registry import Origin, RegistryServer, lying_origin
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close the stored blobs and maps of a test: descriptors that come and go by chance upset others."""
+    blobs: list[StoredBlob] = []
+    maps: dict[int, ChunkMap] = {}
+    begin, create, open_, close = StoredBlob.__init__, ChunkMap.create, ChunkMap.open, ChunkMap.close
+
+    def keep(chunk_map: ChunkMap | None) -> ChunkMap | None:
+        if chunk_map is not None:
+            maps[id(chunk_map)] = chunk_map
+        return chunk_map
+
+    def began(blob: StoredBlob, *args: Any) -> None:
+        begin(blob, *args)
+        blobs.append(blob)
+
+    def closed(chunk_map: ChunkMap) -> None:
+        maps.pop(id(chunk_map), None)
+        close(chunk_map)
+
+    monkeypatch.setattr(StoredBlob, "__init__", began)
+    monkeypatch.setattr(ChunkMap, "create", lambda *args: keep(create(*args)))
+    monkeypatch.setattr(ChunkMap, "open", lambda *args: keep(open_(*args)))
+    monkeypatch.setattr(ChunkMap, "close", closed)
+    yield
+    for blob in blobs:
+        blob.close()
+    for chunk_map in list(maps.values()):
+        chunk_map.close()
 
 
 @pytest.fixture(scope="session")
