@@ -91,5 +91,7 @@ def _pack_source(job: Job, path: Path, source: Iterable[SourceEntry], tell: Tell
         layer = pack_layer(str(path), entries, packer, whiteouts=False, warn=job.warn)
     if layer.blob is not None:
         job.work.keep_blob(scratch, layer.blob.blob_id)
+        if wanted.format != "erofs":  # else it is a spool, which nobody keeps
+            job.work.write_back(layer.blob.blob_id)
     job.outcome.layers = 1
     return LayerRecord(layer, chunks.chunks)

@@ -111,16 +111,18 @@ class WorkDir:
         return self.path / "fetched" / digest.replace(":", "-")
 
     def keep_blob(self, path: Path, blob_id: str) -> Path:
-        """Take a finished blob from *path*, on the same file system. It begins its way to the disk."""
-        fd = os.open(path, os.O_RDONLY)
+        """Take a finished blob from *path*, on the same file system."""
+        os.replace(path, self.blob(blob_id))
+        return self.blob(blob_id)
+
+    def write_back(self, blob_id: str) -> None:
+        """Begin to write a finished blob to the disk, so that whoever syncs it later waits less."""
+        fd = os.open(self.blob(blob_id), os.O_RDONLY)
         try:
-            # Writes back without waiting for it, and does not drop what is not clean (mm/fadvise.c): whoever
-            # syncs the blob later waits less.
+            # Starts what is dirty on its way without waiting, and drops only what is clean: mm/fadvise.c.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
-        os.replace(path, self.blob(blob_id))
-        return self.blob(blob_id)
 
     def knows(self, key: str) -> bool:
         """True if it is known what the layer *key* became, and its blob is here."""

@@ -202,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, default=300, help="MiB of files (default: 300)")
+    parser.add_argument("--size", type=int, default=1000, help="MiB of files (default: 1000)")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     harness.heading("making images")

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from blake3 import blake3
+
 from erofsd.errors import SourceError, UnsupportedImage
 from erofsd.images.erofs import encode
 from erofsd.images.erofs import format as fmt
@@ -256,7 +258,7 @@ class _Plain:
         """The block where *chunk* lies, after writing it if it has to be."""
         if self._zeros.startswith(chunk):
             return NULL_BLOCK
-        digest = hashlib.sha256(chunk).digest()
+        digest = blake3(chunk).digest()
         place = self._places.get(digest)
         if place is None:
             section = self.blob or self.image
