@@ -24,7 +24,7 @@ LAYERS = (
     {"client", "logging"},
     {"config", "api"},
     {"backends", "codecs"},
-    {"errors", "__init__", "resources"},
+    {"errors", "lazy", "__init__", "resources"},
 )
 
 #: Parts that sit in one layer and do not know each other.
