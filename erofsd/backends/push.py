@@ -29,6 +29,7 @@ from erofsd.backends.registry import RegistryBackend
 from erofsd.backends.retry import RetryBackend, pause_s
 from erofsd.backends.settings import SourceSettings
 from erofsd.backends.transport import plain, refusal
+from erofsd.backends.uploads import Uploads
 from erofsd.errors import BackendTemporary, BlobCorrupt, BlobNotFound, CorruptImage, ErofsdError, SourceError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 PIECE_SIZE = 256 << 10
 SINGLE_MAX = 1 << 20  # bytes that go with the request that ends an upload: another round trip costs more
 COMMIT_S = 300.0  # a registry may hash, copy and store a whole blob before it answers
+_AWAY = (429, 502, 503, 504)  # says who stands before a registry, or one that has no time now
 OCTETS = "application/octet-stream"
 
 Content = Path | bytes
@@ -96,16 +98,21 @@ class ImageTarget(Protocol):
 
 
 def open_target(
-    reference: RegistryReference | LayoutReference, settings: SourceSettings, *, mounts: Sequence[str] = ()
+    reference: RegistryReference | LayoutReference,
+    settings: SourceSettings,
+    *,
+    mounts: Sequence[str] = (),
+    uploads: Path | None = None,
 ) -> RegistryTarget | LayoutTarget:
     """The target that *reference* is in.
 
     Args:
         mounts: Repositories of the same registry that blobs may be mounted from.
+        uploads: Directory in which broken uploads are remembered; None: they are not.
     """
     match reference:
         case RegistryReference():
-            return RegistryTarget(reference, settings, mounts)
+            return RegistryTarget(reference, settings, mounts, Uploads(uploads))
         case LayoutReference(path):
             return LayoutTarget(path)
 
@@ -114,12 +121,17 @@ class RegistryTarget(RegistryBackend):
     """One repository of a registry, to push to; an ImageTarget."""
 
     def __init__(
-        self, reference: RegistryReference, settings: SourceSettings, mounts: Sequence[str] = ()
+        self,
+        reference: RegistryReference,
+        settings: SourceSettings,
+        mounts: Sequence[str] = (),
+        uploads: Uploads | None = None,
     ) -> None:
         own = f"repository:{reference.repository}:pull,push"
         others = sorted({m for m in mounts if m != reference.repository})
         super().__init__(reference, settings, (own, *(f"repository:{m}:pull" for m in others)))
         self.uploaded_bytes = 0
+        self._uploads = uploads or Uploads()
         self._attempts = settings.attempts
         self._inactivity_s = settings.inactivity_s
         self._retry = RetryBackend(self, settings.attempts)
@@ -127,6 +139,7 @@ class RegistryTarget(RegistryBackend):
     async def provide(self, digest: str, size: int, repositories: Sequence[str] = ()) -> bool:
         """See ImageTarget."""
         if await self._retry.call(partial(self._has, digest, size)):
+            self._uploads.forget(self.name, digest)  # it arrived, and only the answer did not
             return True
         for repository in repositories:
             if await self._retry.call(partial(self._mount, digest, repository)):
@@ -134,9 +147,10 @@ class RegistryTarget(RegistryBackend):
         return False
 
     async def push_blob(self, digest: str, size: int, content: Content, tell: Tell) -> None:
-        """See ImageTarget. Goes on where a connection broke, if the registry remembers."""
-        location: URL | None = None
+        """See ImageTarget. Goes on where a connection or another run broke off, if the registry remembers."""
+        location = self._uploads.load(self.name, digest)
         offset, attempt, told = 0, 1, 0
+        broken = location is not None  # and only the registry knows how much of it has arrived
 
         def count(length: int) -> None:
             nonlocal told
@@ -146,9 +160,15 @@ class RegistryTarget(RegistryBackend):
         while True:
             began_at = offset
             try:
+                if broken:
+                    location, offset = await self._progress(location, size)
+                    broken = False
+                    count(offset - told)
+                    attempt = 1 if offset > began_at else attempt
                 if location is None:
                     location = await self._begin()
                 if size - offset > SINGLE_MAX:
+                    self._uploads.save(self.name, digest, location)
                     location = await self._send_rest(location, content, offset, size, count)
                     offset = size
                 await self._commit(location, digest, content, offset, size)
@@ -156,12 +176,11 @@ class RegistryTarget(RegistryBackend):
             except BackendTemporary as exc:
                 if await self._after_break(digest, size):
                     break
-                location, offset = await self._progress(location, size)
-                count(offset - told)
-                attempt = 1 if offset > began_at else attempt + 1
-                if attempt > self._attempts:
-                    raise
+                if attempt == self._attempts:
+                    raise BackendTemporary(f"{digest}: {exc}", hint=exc.hint) from exc
+                attempt, broken = attempt + 1, True
                 await asyncio.sleep(pause_s(exc, attempt))
+        self._uploads.forget(self.name, digest)
         count(size - told)
         self.uploaded_bytes += size
 
@@ -215,7 +234,7 @@ class RegistryTarget(RegistryBackend):
             response.close()
             raise _Forgotten(f"{self.name}: the registry has forgotten the upload ({response.status})")
         if response.status not in (201, 202, 204):
-            raise await refusal(response, f"{self.name}: uploading")
+            raise await refusal(response, f"{self.name}: uploading to {plain(location)}")
         response.close()
         return self._location(response, location)
 
@@ -243,13 +262,21 @@ class RegistryTarget(RegistryBackend):
             return False
 
     async def _progress(self, location: URL | None, size: int) -> tuple[URL | None, int]:
-        """Where to go on with a broken upload; None: from the beginning."""
+        """Where to go on with a broken upload; None: from the beginning.
+
+        Raises:
+            BackendTemporary: The registry does not answer now, and may know it later.
+        """
         if location is None:
             return None, 0
         try:
             response = await self._send("GET", location)
+        except BackendTemporary:
+            raise
         except ErofsdError:
             return None, 0
+        if response.status in _AWAY:
+            raise await refusal(response, f"{self.name}: asking for an upload")
         response.close()
         match = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
         # "0-0" is what an empty upload says, too.

@@ -44,10 +44,12 @@ class Destination:
         """True if the image becomes files without manifests."""
         return isinstance(self.reference, FileReference)
 
-    def open(self, settings: SourceSettings, mounts: Sequence[str] = ()) -> ImageTarget:
-        """The target of an image with a manifest."""
+    def open(
+        self, settings: SourceSettings, mounts: Sequence[str] = (), *, uploads: Path | None = None
+    ) -> ImageTarget:
+        """The target of an image with a manifest; see `open_target`."""
         assert not isinstance(self.reference, FileReference)  # see loose
-        return open_target(self.reference, settings, mounts=mounts)
+        return open_target(self.reference, settings, mounts=mounts, uploads=uploads)
 
     def named(self, digest: str) -> str:
         """The reference of the image that was stored there."""

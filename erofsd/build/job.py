@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from erofsd.backends.localfs import translate
 from erofsd.backends.push import ImageTarget, store
 from erofsd.backends.reference import FileReference, RegistryReference
 from erofsd.backends.settings import SourceSettings
@@ -140,7 +141,8 @@ class Job:
 
     def open_target(self, mounts: Sequence[str] = ()) -> ImageTarget:
         """Where images with a manifest go."""
-        return self.destination.open(self.settings, [*mounts, *self._repositories()])
+        mounts = [*mounts, *self._repositories()]
+        return self.destination.open(self.settings, mounts, uploads=self.work.uploads)
 
     def _repositories(self) -> list[str]:
         reference = self.destination.reference
@@ -288,11 +290,20 @@ class Job:
         for blob_id in finished.foreign:
             blobs[blob_id] = self.work.scratch(blob_id)
             await self.dictionaries.fetch(blob_id, blobs[blob_id])
+        if (directory := self.destination.blobs) is not None:
+            await asyncio.to_thread(_make_directory, directory)  # mounts name it, even if nothing is in it
         for blob_id, path in blobs.items():
-            assert self.destination.blobs is not None  # parse_destination saw to it
-            await asyncio.to_thread(store, path, self.destination.blobs / blob_id)
+            assert directory is not None  # parse_destination saw to it
+            await asyncio.to_thread(store, path, directory / blob_id)
         await asyncio.to_thread(store, finished.image, self.destination.reference.path, replace=True)
 
     async def aclose(self) -> None:
         """Close all connections."""
         await self.dictionaries.aclose()
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise translate(exc, str(path)) from exc

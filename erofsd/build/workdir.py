@@ -3,6 +3,7 @@
     blobs/BLOB_ID        data blobs, named by their SHA-256
     layers/KEY           what a layer became: its tree and where its chunks lie (`LayerRecord`)
     fetched/DIGEST       layers as they come from a registry, complete or not; removed when they are converted
+    uploads/             where broken uploads go on: what is made again is the same
     lock                 held by whoever uses the directory
 
 A record is written when its blob is complete on disk, so a killed conversion loses one layer at most.
@@ -54,7 +55,7 @@ class WorkDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-            for name in ("blobs", "layers", "fetched"):
+            for name in ("blobs", "layers", "fetched", "uploads"):
                 (self.path / name).mkdir(exist_ok=True)
             self._clear_scratch()
             self._scratch = tempfile.mkdtemp(prefix="scratch-", dir=self.path)
@@ -66,14 +67,14 @@ class WorkDir:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._clear_scratch()
-        # What is left of a failed run is only worth keeping if there are layers in it.
+        # What is left of a failed run is only worth keeping if there are layers in it, or broken uploads.
         if self._temporary and (kind is None or not any(self._leftovers())):
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
 
     def _leftovers(self) -> Iterator[Path]:
-        for name in ("layers", "fetched"):
+        for name in ("layers", "fetched", "uploads"):
             yield from (self.path / name).iterdir()
 
     def _locked(self) -> BinaryIO:
@@ -109,6 +110,11 @@ class WorkDir:
     def fetched(self, digest: str) -> Path:
         """Where a layer is kept while it arrives."""
         return self.path / "fetched" / digest.replace(":", "-")
+
+    @property
+    def uploads(self) -> Path:
+        """Directory of broken uploads."""
+        return self.path / "uploads"
 
     def keep_blob(self, path: Path, blob_id: str) -> Path:
         """Take a finished blob from *path*, on the same file system."""

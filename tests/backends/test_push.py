@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import msgspec
 import pytest
 
 from erofsd.backends.ocilayout import LayoutBackend
@@ -116,11 +117,13 @@ class Uploads:
     Attributes:
         cuts: For each coming PATCH: after how many of its bytes the connection breaks; None: not at all.
         forgets: It does not know broken uploads any more.
+        away: So many questions for an upload are answered by 503.
         silent_commit: It stores the next blob and breaks off before it says so.
     """
 
     cuts: list[int | None] = field(default_factory=list)
     forgets: bool = False
+    away: int = 0
     silent_commit: bool = False
     seen: list[tuple[str, str, str]] = field(default_factory=list)
     parts: dict[str, bytearray] = field(default_factory=dict)
@@ -188,7 +191,10 @@ def uploads() -> Iterator[Uploads]:
 
         def do_GET(self) -> None:
             name = self.note()
-            if name in state.parts:
+            if state.away:
+                state.away -= 1
+                self.answer(503)
+            elif name in state.parts:
                 self.answer(204, **self.place(name))
             else:
                 self.answer(404)
@@ -219,10 +225,13 @@ def uploads() -> Iterator[Uploads]:
     server.server_close()
 
 
-async def push(uploads: Uploads, body: Path) -> list[int]:
+async def push(
+    uploads: Uploads, body: Path, remembered: Path | None = None, settings: SourceSettings = SETTINGS
+) -> list[int]:
     """Push BODY there; what was told of the progress."""
     told: list[int] = []
-    repository = target(uploads.host, "r")
+    reference = RegistryReference(uploads.host, "r", "x", None)
+    repository = open_target(reference, settings, uploads=remembered)
     try:
         await repository.push_blob(DIGEST, len(BODY), body, told.append)
     finally:
@@ -237,6 +246,43 @@ async def test_upload_goes_on_at_the_byte_where_the_connection_broke(uploads: Up
     assert sum(told) == len(BODY)
     ranges = [stated for method, _, stated in uploads.seen if method == "PATCH"]
     assert ranges == ["", f"2500000-{len(BODY) - 1}", f"3500000-{len(BODY) - 1}"]
+
+
+async def test_upload_goes_on_when_the_registry_is_back(uploads: Uploads, body: Path) -> None:
+    uploads.cuts, uploads.away = [2_500_000], 1
+    await push(uploads, body)
+    ranges = [stated for method, _, stated in uploads.seen if method == "PATCH"]
+    assert ranges == ["", f"2500000-{len(BODY) - 1}"]
+
+
+async def test_another_run_goes_on_at_the_byte_where_the_upload_broke(
+    uploads: Uploads, body: Path, tmp_path: Path
+) -> None:
+    remembered = tmp_path / "uploads"
+    remembered.mkdir()
+    uploads.cuts = [2_500_000]
+    with pytest.raises(BackendTemporary, match=DIGEST):
+        await push(uploads, body, remembered, msgspec.structs.replace(SETTINGS, attempts=2))
+    assert DIGEST not in uploads.blobs
+    assert [path.stat().st_mode & 0o777 for path in remembered.iterdir()] == [0o600]
+    assert sum(await push(uploads, body, remembered)) == len(BODY)
+    assert uploads.blobs[DIGEST] == BODY
+    ranges = [stated for method, _, stated in uploads.seen if method == "PATCH"]
+    assert ranges == ["", f"2500000-{len(BODY) - 1}"]
+    assert not list(remembered.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "http://[", "\0", "ftp://127.0.0.1/x"])
+async def test_damaged_memory_of_an_upload_is_none(uploads: Uploads, body: Path, text: str) -> None:
+    remembered = body.parent / "uploads"
+    remembered.mkdir()
+    uploads.cuts = [2_500_000]
+    with pytest.raises(BackendTemporary):
+        await push(uploads, body, remembered, msgspec.structs.replace(SETTINGS, attempts=2))
+    (path,) = remembered.iterdir()
+    path.write_text(text)
+    await push(uploads, body, remembered)
+    assert uploads.blobs[DIGEST] == BODY
 
 
 async def test_upload_begins_again_where_the_registry_forgot_it(uploads: Uploads, body: Path) -> None:
