@@ -1,4 +1,4 @@
-"""Access control lists as archives write them, text, to what they are as extended attributes.
+"""Access control lists: as archives write them, text; and what they are as extended attributes.
 
 Sources: star's extended headers SCHILY.acl.access and SCHILY.acl.default, as libarchive and GNU tar write
 them; acl(5), "TEXT FORMS"; Linux include/uapi/linux/posix_acl_xattr.h.
@@ -13,12 +13,15 @@ ATTRIBUTES = {
     b"SCHILY.acl.access": b"system.posix_acl_access",
     b"SCHILY.acl.default": b"system.posix_acl_default",
 }
+KEYWORDS = {attribute: keyword for keyword, attribute in ATTRIBUTES.items()}
 _VERSION = 2
 _NO_ID = 0xFFFFFFFF
 _HEADER = struct.Struct("<I")
 _ENTRY = struct.Struct("<HHI")
 _OWN_TAGS = {"user": 0x01, "group": 0x04, "mask": 0x10, "other": 0x20}
 _NAMED_TAGS = {"user": 0x02, "group": 0x08}
+_OWN_NAMES = {tag: name for name, tag in _OWN_TAGS.items()}
+_NAMED_NAMES = {tag: name for name, tag in _NAMED_TAGS.items()}
 _RULE = re.compile(
     r"(?:d(?:efault)?:)?(?P<tag>u(?:ser)?|g(?:roup)?|m(?:ask)?|o(?:ther)?):(?:(?P<name>[^:]*):)?"
     r"(?P<mode>[r-][w-][x-])(?::(?P<id>[0-9]+))?\s*(?:#.*)?"
@@ -54,3 +57,23 @@ def parse_acl(text: bytes) -> bytes | None:
     return _HEADER.pack(_VERSION) + b"".join(
         _ENTRY.pack(tag, mode, number) for tag, number, mode in sorted(entries)
     )
+
+
+def format_acl(value: bytes) -> bytes:
+    """The text of an attribute, with numbers for names; empty where the kernel would not take it."""
+    if len(value) < _HEADER.size or (len(value) - _HEADER.size) % _ENTRY.size:
+        return b""
+    if _HEADER.unpack_from(value) != (_VERSION,):
+        return b""
+    rules = []
+    for tag, mode, number in _ENTRY.iter_unpack(value[_HEADER.size :]):
+        if mode > 7:
+            return b""
+        letters = "".join(letter if mode & bit else "-" for letter, bit in zip("rwx", (4, 2, 1), strict=True))
+        if tag in _OWN_NAMES:
+            rules.append(f"{_OWN_NAMES[tag]}::{letters}")
+        elif tag in _NAMED_NAMES:
+            rules.append(f"{_NAMED_NAMES[tag]}:{number}:{letters}")
+        else:
+            return b""
+    return ",".join(rules).encode()

@@ -19,7 +19,7 @@ from erofsd.backends.documents import (
     fetch_whole,
     parse_document,
 )
-from erofsd.backends.located import Located, locate
+from erofsd.backends.located import locate
 from erofsd.backends.manifest import fits, is_nydus, this_platform
 from erofsd.backends.reference import LayoutReference, Reference, RegistryReference
 from erofsd.backends.retry import RetryBackend
@@ -28,10 +28,12 @@ from erofsd.backends.sources import open_image_source
 from erofsd.build import compare, sides
 from erofsd.build.assemble import not_the_same
 from erofsd.build.destination import Destination
+from erofsd.build.expected import Expected
 from erofsd.build.job import Outcome
 from erofsd.build.publish import (
     Json,
     ReadyImage,
+    Stored,
     image_index,
     new_config,
     parse_json,
@@ -43,7 +45,7 @@ from erofsd.build.publish import (
 )
 from erofsd.build.readback import open_located
 from erofsd.build.report import Reporter
-from erofsd.build.restore import RestoredLayer, restore_layer, restored_items
+from erofsd.build.restore import RestoredLayer, restore_layer
 from erofsd.build.workdir import WorkDir
 from erofsd.errors import UnsupportedImage, UsageError
 from erofsd.images.base import Tree
@@ -76,7 +78,7 @@ async def convert_back(
     body = None
     if index is not None:
         body = image_index(images, index.get("annotations") or {})
-    target = destination.open(settings)
+    target = destination.open(settings, uploads=work.uploads)
     try:
         with report.phase("push", total_size(images)) as tell:
             published = await publish(target, images, body, destination.tag, tell)
@@ -183,11 +185,9 @@ class _Back:
 
     async def image(self, member: _Member, number: int) -> ReadyImage:
         """Make the ordinary image of one member."""
-        located = await locate(member.reference, settings=self._settings)
-        try:
-            layer = await self._restore(located, self._work.scratch(f"layer-{number}.tar.gz"))
-        finally:
-            await located.backend.aclose()
+        layer = await self._restore(member.reference, number)
+        if layer.expected is not None:
+            await self._prove(str(member.reference), layer.expected, layer.stored)
         annotations = (member.manifest.annotations if member.manifest else None) or {}
         ready = plain_image(plain_config(member.config, layer.diff_id), layer.stored, annotations)
         platform = (member.entry or {}).get("platform") or with_platform(member.config)
@@ -195,31 +195,37 @@ class _Back:
         self.outcome.platforms.append("/".join(filter(None, map(platform.get, ("os", "architecture")))))
         return replace(ready, platform=platform)
 
-    async def _restore(self, located: Located, path: Path) -> RestoredLayer:
-        image = await open_located(located)
+    async def _restore(self, reference: Reference, number: int) -> RestoredLayer:
+        # The image lives here only: reading the layer back takes as much memory again.
+        path = self._work.scratch(f"layer-{number}.tar.gz")
+        expected = self._work.scratch(f"expected-{number}") if self._check else None
+        located = await locate(reference, settings=self._settings)
         try:
-            size = await asyncio.to_thread(_content_size, image.tree)
-            with self._report.phase("convert", size) as tell:
-                layer = await asyncio.to_thread(
-                    restore_layer, image.tree, path, self._threads, self._warn, tell
-                )
-            self.outcome.entries += layer.entries
-            self.outcome.content_bytes += size
-            self.outcome.blob_bytes += layer.stored.size
-            if self._check:
-                await self._prove(located, image.tree, layer, path)
+            image = await open_located(located)
+            try:
+                size = await asyncio.to_thread(_content_size, image.tree)
+                with self._report.phase("convert", size) as tell:
+                    layer = await asyncio.to_thread(
+                        restore_layer, image.tree, path, self._threads, self._warn, tell, expected=expected
+                    )
+            finally:
+                image.close()
         finally:
-            image.close()
+            await located.backend.aclose()
+        self.outcome.entries += layer.entries
+        self.outcome.content_bytes += size
+        self.outcome.blob_bytes += layer.stored.size
         return layer
 
-    async def _prove(self, located: Located, tree: Tree, layer: RestoredLayer, path: Path) -> None:
+    async def _prove(self, name: str, expected: Expected, stored: Stored) -> None:
         """Read the layer back and compare it with the image; its content has been hashed already."""
-        with self._report.phase("check", layer.stored.size) as tell:
-            root = await asyncio.to_thread(sides.tar_tree, path, self._warn, tell)
-            expected, found = restored_items(tree, layer), compare.node_items(root)
-            result = await asyncio.to_thread(compare.compare, expected, found)
+        assert isinstance(stored.content, Path)  # see restore_layer
+        with self._report.phase("check", stored.size) as tell:
+            root = await asyncio.to_thread(sides.tar_tree, stored.content, self._warn, tell)
+            found = compare.node_items(root)
+            result = await asyncio.to_thread(compare.compare, expected.items(), found)
         if not result.same:
-            raise not_the_same(located.ref, result)
+            raise not_the_same(name, result)
         self.outcome.checked = True
 
     def _warn(self, text: str) -> None:

@@ -39,7 +39,7 @@ from erofsd.build.workdir import WorkDir
 from erofsd.errors import ImageRefused, SourceError, UsageError
 
 ARRIVALS_AT_ONCE = 2
-_RULES = 1  # counts up when the same layer and options give something else than before
+_RULES = 2  # counts up when the same layer and options give something else than before
 _PLATFORM = ("os", "architecture", "variant")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,10 +68,15 @@ def _digest(digest: bytes) -> bytes:
 
 def write_expected(root: Node, path: Path) -> Expected:
     """Write the tree below *root* to *path*. Blocks."""
+    return write_items(node_items(root), path)
+
+
+def write_items(items: Iterable[Item], path: Path) -> Expected:
+    """Write *items* to *path*; their digests are asked for. Blocks."""
     encoder = msgspec.msgpack.Encoder()
     content = 0
     with path.open("wb") as file:
-        for item in node_items(root):
+        for item in items:
             row = _Row(
                 item.path,
                 item.type,

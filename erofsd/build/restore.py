@@ -16,8 +16,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from erofsd.build import acl
 from erofsd.build.compare import Item, entry_items
 from erofsd.build.deflate import GzipWriter
+from erofsd.build.expected import Expected, write_items
 from erofsd.build.publish import GZIP_LAYER_TYPE, Stored
 from erofsd.images.base import Entry, Tree
 
@@ -40,22 +42,29 @@ class RestoredLayer:
     Attributes:
         diff_id: Digest of the tar.
         entries: Entries in it.
-        digests: BLAKE3 of what was read of each regular file, by nid.
+        expected: What must be in it.
     """
 
     stored: Stored
     diff_id: str
     entries: int
-    digests: Mapping[int, bytes]
+    expected: Expected | None
 
 
 def restore_layer(
-    tree: Tree, path: Path, threads: int, warn: Warn, tell: Callable[[int], None] = lambda size: None
+    tree: Tree,
+    path: Path,
+    threads: int,
+    warn: Warn,
+    tell: Callable[[int], None] = lambda size: None,
+    *,
+    expected: Path | None = None,
 ) -> RestoredLayer:
     """Write *tree* to *path*. Blocks.
 
     Args:
         warn: Told about what no layer can hold: it is left out.
+        expected: Where to write what the layer is to be compared with, when *tree* is gone from memory.
         tell: Hears how many more bytes of content are done.
 
     Raises:
@@ -73,18 +82,19 @@ def restore_layer(
                     gzip.write(piece)
                     hasher.update(piece)
                     tell(len(piece))
-                digests[entry.nid] = hasher.digest()
+                if expected is not None:
+                    digests[entry.nid] = hasher.digest()
                 gzip.write(bytes(-entry.size % _BLOCK))
         gzip.write(bytes(2 * _BLOCK))
     os.chmod(path, 0o644)
     stored = Stored(GZIP_LAYER_TYPE, gzip.digest, gzip.size, path)
-    return RestoredLayer(stored, gzip.content_digest, entries, digests)
+    written = write_items(_restored_items(tree, digests), expected) if expected is not None else None
+    return RestoredLayer(stored, gzip.content_digest, entries, written)
 
 
-def restored_items(tree: Tree, layer: RestoredLayer) -> Iterator[Item]:
-    """What must be in *layer*, which was made of *tree*: to be compared with what is."""
+def _restored_items(tree: Tree, digests: Mapping[int, bytes]) -> Iterator[Item]:
     kept = (entry for entry, _ in _tar_entries(tree, lambda text: None))
-    for item in entry_items(kept, lambda entry: layer.digests[entry.nid]):
+    for item in entry_items(kept, lambda entry: digests.get(entry.nid, b"")):
         yield replace(item, xattrs={key: v for key, v in item.xattrs.items() if _can_be_named(key)})
 
 
@@ -135,6 +145,9 @@ def _headers(entry: Entry, link: bytes | None, warn: Warn) -> bytes:
                 warn(f"{shown}: attribute {key!r} left out: a layer cannot name it")
                 continue
             records.append((b"SCHILY.xattr." + key, attribute))
+            # GNU tar with --acls removes a directory's default list unless it finds one in text.
+            if key in acl.KEYWORDS and (text := acl.format_acl(attribute)):
+                records.append((acl.KEYWORDS[key], text))
     header = _header(
         name[:_NAME_MAX],
         _LINK if link is not None else _TYPES[entry.type],
@@ -148,7 +161,7 @@ def _headers(entry: Entry, link: bytes | None, warn: Warn) -> bytes:
     )
     if not records:
         return header
-    # GNU tar takes values for UTF-8 unless it is told that they are not; others do not ask.
+    # libarchive and Python take values for UTF-8 unless they are told that they are not; others do not ask.
     if any(_is_binary(value) for _, value in records):
         records.insert(0, (b"hdrcharset", b"BINARY"))
     body = b"".join(_record(key, value) for key, value in records)

@@ -183,6 +183,8 @@ def apply_pax(header: Header, records: Iterable[tuple[bytes, bytes]]) -> None:
             pax[key] = value
         else:
             pax.pop(key, None)
+    # GNU tar writes lists both ways, and in text it names users by this machine's names.
+    acls = {key: text for key, text in acls.items() if acl.ATTRIBUTES[key] not in xattrs}
     header.xattrs = {**_acls(acls), **others, **xattrs}
     header.name = pax.get(b"path", header.name)
     header.target = pax.get(b"linkpath", header.target)

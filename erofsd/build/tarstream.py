@@ -177,7 +177,7 @@ class _Archive:
         content = self._content(header) if type_ == "reg" else None
         node = make_node(
             "reg" if type_ == "link" else type_,
-            header.mode,
+            0o777 if type_ == "lnk" else header.mode,  # which is all that an unpacked one can have
             header.uid,
             header.gid,
             header.mtime,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterable
@@ -141,10 +142,11 @@ def link_groups(root: Node) -> set[frozenset[bytes]]:
 
 
 def link_groups_of(top: Path) -> set[frozenset[bytes]]:
-    """The same of a directory."""
+    """The same of a directory. Not by rglob, which stumbles over targets of links that are no names."""
     names: dict[int, set[bytes]] = defaultdict(set)
-    for path in top.rglob("*"):
-        status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            names[status.st_ino].add(bytes(path.relative_to(top)))
+    for directory, directories, files in os.walk(os.fsencode(top)):
+        for path in (os.path.join(directory, name) for name in (*directories, *files)):
+            status = os.lstat(path)
+            if not stat.S_ISDIR(status.st_mode):
+                names[status.st_ino].add(os.path.relpath(path, os.fsencode(top)))
     return {frozenset(group) for group in names.values() if len(group) > 1}

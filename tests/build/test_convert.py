@@ -9,6 +9,7 @@ import json
 import random
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -305,11 +306,15 @@ def test_layer_that_is_another_one_is_refused_and_nothing_is_published(
 @pytest.mark.parametrize("cut", [1, 700, 20_000])
 def test_truncated_layer_is_one_clear_error(layout: Layout, tmp_path: Path, cut: int) -> None:
     whole = gzip.compress(BASE, 1, mtime=0)
-    layout.image("cut", layers=[layout.blob(whole[:-cut], "application/vnd.oci.image.layer.v1.tar+gzip")])
-    done = erofsd("convert", layout.ref("cut"), f"oci:{tmp_path}/out:x", check=False)
-    assert done.returncode == 4
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert not (tmp_path / "out").exists()
+    stream = layout.blob(whole[:-cut], "application/vnd.oci.image.layer.v1.tar+gzip")
+    tar = layout.layer(BASE[: -len(tars.END) - 100 - cut])
+    for tag, layer in (("packing", stream), ("tar", tar)):
+        layout.image(tag, layers=[layout.layer(TOP), layer])
+        done = erofsd("convert", layout.ref(tag), f"oci:{tmp_path}/out:x", check=False)
+        assert done.returncode == 4
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert layer["digest"] in done.stderr
+        assert not (tmp_path / "out").exists()
 
 
 def test_path_that_leaves_the_root_is_refused(layout: Layout, tmp_path: Path) -> None:
@@ -318,11 +323,44 @@ def test_path_that_leaves_the_root_is_refused(layout: Layout, tmp_path: Path) ->
         "escape-link",
         tree_tar(tars.header(b"out", b"2", target=b"../.."), tars.file(b"out/passwd", b"x")),
     )
-    for tag in ("escape", "escape-link"):
+    layout.image(
+        "escape-layers",
+        tree_tar(tars.header(b"a/out", b"2", target=b"../../etc")),
+        tree_tar(tars.file(b"a/out/passwd", b"x")),
+    )
+    layout.image("escape-hard-link", tree_tar(tars.header(b"x", b"1", target=b"../etc/passwd")))
+    for tag in ("escape", "escape-link", "escape-layers", "escape-hard-link"):
         done = erofsd("convert", layout.ref(tag), f"oci:{tmp_path}/out:x", check=False)
         assert done.returncode == 4, done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
         assert "passwd" in done.stderr
+        assert layout.manifest(tag)["layers"][-1]["digest"] in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_absolute_paths_and_links_are_those_of_the_root(layout: Layout, tmp_path: Path) -> None:
+    layout.image(
+        "absolute",
+        tree_tar(
+            tars.file(b"/etc/passwd", b"ours"),
+            tars.header(b"all", b"2", target=b"/"),
+            tars.file(b"all/etc/shadow", b"ours, too"),
+            tars.header(b"/hard", b"1", target=b"/etc/passwd"),
+        ),
+    )
+    convert(layout.ref("absolute"), f"oci:{tmp_path}/out:x")
+    found = facts(f"oci:{tmp_path}/out:x")
+    assert set(found) == {"/", "/all", "/etc", "/etc/passwd", "/etc/shadow", "/hard"}
+    assert found["/hard"]["sha256"] == found["/etc/passwd"]["sha256"]
+
+
+@pytest.mark.parametrize("packing", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_truncated_tar_is_not_built(tmp_path: Path, packing: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "cut.tar").write_bytes(packing(BASE)[:-20_000])
+    done = erofsd("build", tmp_path / "cut.tar", f"oci:{tmp_path}/out:x", check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (4, 1), done.stderr
+    assert "cut.tar" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_destination_that_is_the_source_is_refused(layout: Layout) -> None:

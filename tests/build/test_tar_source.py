@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from erofsd.build import tarheader
+from erofsd.build.acl import format_acl, parse_acl
 from erofsd.build.tarheader import MalformedHeader
 from erofsd.build.tarstream import TarSource
 from erofsd.errors import CorruptImage, UnsupportedImage
@@ -132,7 +133,8 @@ def test_nydus_samples(testdata: Path, name: str) -> None:
     assert len(found) > 5
     for path, entry in found.items():
         member = wanted[path or b"."]
-        assert (entry.node.mode, entry.node.uid, entry.node.size) == (member.mode, member.uid, member.size)
+        mode = 0o777 if member.issym() else member.mode
+        assert (entry.node.mode, entry.node.uid, entry.node.size) == (mode, member.uid, member.size)
         assert (entry.link is not None) == member.islnk()
         assert (entry.node.type == "dir") == member.isdir()
 
@@ -235,6 +237,18 @@ def test_access_control_lists_in_text() -> None:
     assert only(pax((access, b"user::rw-,group::r--,other::r--")) + header(b"x")).xattrs == {}
     # What nobody can tell the number of is kept for a warning.
     assert only(pax((access, b"user:joe:rw-")) + header(b"x")).xattrs == {access: b"user:joe:rw-"}
+    both = pax((access, b"user:joe:rw-"), (b"SCHILY.xattr.system.posix_acl_access", wanted))
+    assert only(both + header(b"x")).xattrs == {b"system.posix_acl_access": wanted}
+    assert format_acl(wanted) == (
+        b"user::rw-,user:1000:r--,group::r--,group:7:r-x,group:50:rwx,mask::r--,other::---"
+    )
+    assert parse_acl(format_acl(wanted)) == wanted
+    for wrong in (b"", wanted[:-1], b"\3" + wanted[1:], wanted + struct.pack("<HHi", 3, 0, -1)):
+        assert format_acl(wrong) == b""
+
+
+def test_links_have_the_mode_of_links_whatever_is_stated() -> None:
+    assert only(header(b"x", b"2", mode=0o4644, target=b"y")).mode == 0o777
 
 
 def test_names_are_bytes_and_lose_what_means_nothing() -> None:
