@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ondemand import syscalls
@@ -19,6 +19,9 @@ from ondemand.ranges import Range, RangeSet
 from ondemand.wire import cachefiles as wire
 
 FILE_WAIT_S = 0.5
+ROOM_TRIES = 3
+"""So often a write that found no room is made again after somebody made some."""
+
 _FILE_LOOK_S = 0.001
 
 _BUFFERS = AlignedBuffers()
@@ -85,13 +88,15 @@ class CacheFileSink:
 
     Args:
         fd: As it came with the OPEN.
+        make_room: Called when there is no room, from whatever thread writes; False if that was in vain.
     """
 
     block_size = BLOCK_SIZE
 
-    def __init__(self, device: Device, fd: int) -> None:
+    def __init__(self, device: Device, fd: int, make_room: Callable[[], bool] = lambda: False) -> None:
         self._device = device
         self._fd = fd
+        self._make_room = make_room
         self._lock = threading.Lock()
         self._users = 0
         self._closed = False
@@ -175,22 +180,27 @@ class CacheFileSink:
                 self._device.close(self._fd)
 
     def _write_aligned(self, fd: int, offset: int, data: memoryview) -> None:
+        tries = ROOM_TRIES
         while data:
             try:
                 written = self._device.write(fd, data, offset)
             except OSError as exc:
-                if exc.errno != errno.ENOBUFS:
+                if exc.errno not in (errno.ENOBUFS, errno.ENOSPC):
                     raise
-                if not self._has_file and self._wait_file(fd):
+                if exc.errno == errno.ENOBUFS and not self._has_file and self._wait_file(fd):
                     continue
-                raise self._explained(fd, exc) from exc
+                explained = self._explained(fd)
+                if explained.errno == errno.ENOSPC and tries and self._make_room():
+                    tries -= 1
+                    continue
+                raise explained from exc
             written -= written % BLOCK_SIZE  # a block that is there in part counts as there: write it again
             if not written:
                 raise OSError(errno.EIO, f"less than a block was written at {offset}")
             offset += written
             data = data[written:]
 
-    def _explained(self, fd: int, exc: OSError) -> OSError:
+    def _explained(self, fd: int) -> OSError:
         if self._seek(fd, 0, os.SEEK_END) is None:
             return OSError(errno.ESTALE, "the object has no file, or not any more")
         return OSError(errno.ENOSPC, "the file system is fuller than the cache's limits allow")

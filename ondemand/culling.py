@@ -37,6 +37,15 @@ def files(directory: Path) -> Iterator[tuple[ObjectKey, Path]]:
         yield ObjectKey(os.fsencode(path.name)[1:], volume), path
 
 
+def find(volume: Path, cookie: str) -> Path | None:
+    """The named file of the object *cookie* in the directory of its *volume*; None if there is none.
+
+    Looks everywhere instead of hashing as the kernel does, fs/fscache/cookie.c, which is its own affair.
+    """
+    paths = (f"{volume}/@{fan:02x}/D{cookie}" for fan in range(256))
+    return next((Path(path) for path in paths if os.path.lexists(path)), None)
+
+
 def is_in_use(device: Device, path: Path) -> bool:
     """True if a mount uses the object whose file is *path*.
 

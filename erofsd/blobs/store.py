@@ -24,7 +24,7 @@ import re
 import struct
 import threading
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress, count
 from pathlib import Path
 
@@ -343,6 +343,10 @@ class BlobStore:
         keeps_data: False where the data are elsewhere, in files of the kernel: then there are maps only, and
             what a map says is compared with the data when the kernel opens the object.
 
+    Attributes:
+        on_fresh: Called before a new map is made, where the data are elsewhere: data of that name, if there
+            are any, were verified for nobody that we know, and must go. Returns False if they cannot.
+
     Raises:
         OSError: The directory cannot be made or used.
     """
@@ -354,6 +358,7 @@ class BlobStore:
         self._keeps_data = keeps_data
         self._held = {} if held is None else held
         self._open: dict[str, StoredBlob] = {}
+        self.on_fresh: Callable[[str], bool] = lambda name: True
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if directory.stat().st_mode & 0o077:  # or not at all: its file system may have become read-only
             directory.chmod(0o700)
@@ -371,6 +376,21 @@ class BlobStore:
     def names(self) -> list[str]:
         """Names of all stored blobs, open or not."""
         return sorted(path.name.removesuffix(".map") for path in self.directory.glob("*.map"))
+
+    def has(self, name: str) -> bool:
+        """True if there is a map of that name."""
+        return (self.directory / f"{name}.map").exists()
+
+    def used_at(self, name: str) -> float:
+        """When the stored blob *name* was filled or let go of last, in seconds; 0 if there is none."""
+        try:
+            return (self.directory / f"{name}.map").stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def remove(self, name: str) -> None:
+        """Delete the map of *name*, which is not open, before its data go elsewhere."""
+        (self.directory / f"{name}.map").unlink(missing_ok=True)
 
     def bind(self, layout: BlobLayout, *, name: str | None = None) -> Binding:
         """Find or make the stored blob for *layout*.
@@ -448,7 +468,7 @@ class BlobStore:
 
     def _is_foreign(self, name: str, wanted: bool) -> bool:
         # Without its map nobody knows whose the held file is; a living superblock may read it.
-        return name in self._held and not wanted
+        return (name in self._held or not self.on_fresh(name)) and not wanted
 
     def _create(self, path: Path, layout: BlobLayout, identity: bytes) -> ChunkMap:
         return ChunkMap.create(path, layout.chunk_count, identity, DIGEST_SIZE if layout.digester else 0)

@@ -31,7 +31,8 @@ from erofsd.api import DaemonInfo, MountInfo, MountRequest, PrefetchRequest
 from erofsd.blobs.store import BlobStore, StoredBlob
 from erofsd.config import Config
 from erofsd.daemon import control
-from erofsd.daemon.cookies import Cookies
+from erofsd.daemon.cookies import VOLUME, Cookies, cookie_of, name_of
+from erofsd.daemon.culling import CacheFiles
 from erofsd.daemon.guards import Guards
 from erofsd.daemon.images import ImageLoader
 from erofsd.daemon.inheritance import Inheritance
@@ -145,13 +146,9 @@ class Worker:
                 link=self._link,
                 inheritance=inheritance,
             )
+        self._cookies: Cookies | None = None
         if engines.cachefiles is not None:
-            self._hosts["cachefiles"] = Cookies(
-                store=BlobStore(state_dir / "maps", keeps_data=False),
-                files=files,
-                provider=self._provider,
-                scratch=state_dir,
-            )
+            self._cookies = self._hosts["cachefiles"] = self._make_cookies(engines.cachefiles, files)
         self._files = files
         self._mounts = Mounts(
             table=self._table,
@@ -163,6 +160,24 @@ class Worker:
         self._registrations = Registrations(self._mounts, self._table)
         self._group: asyncio.TaskGroup
         self._inherited: list[str] = []  # names of the stored blobs that were guarded when we came
+
+    def _make_cookies(self, engine: CachefilesEngine, files: ImageFiles) -> Cookies:
+        state_dir = Path(self._config.state_dir)
+        maps = BlobStore(state_dir / "maps", keeps_data=False)
+        cache = CacheFiles(
+            engine.device, state_dir / "cachefiles", VOLUME, maps, name_of=name_of, cookie_of=cookie_of
+        )
+        cookies = Cookies(
+            store=maps,
+            cache=cache,
+            files=files,
+            provider=self._provider,
+            scratch=state_dir,
+            reserved=lambda: {record.fsid for record in self._table.all()},
+        )
+        engine.make_room = cache.make_room
+        cache.on_gone = lambda name: engine.forget(cookies.went(name))
+        return cookies
 
     async def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
@@ -185,6 +200,10 @@ class Worker:
                 await self._forget_unused()
                 await self._registrations.restore()
                 provider.came_back(all_of_them=True)
+                if self._cookies is not None:
+                    group.create_task(self._cookies.cache.run(), name="cache")
+                    if not self._table.damaged:
+                        await self._cookies.adopt()
                 watch = MountWatch(loop, lambda: self._spawn(self._mounts.look_around()))
                 self._spawn(self._mounts.look_around())
                 group.create_task(self._mounts.release_lingering(), name="lingering")

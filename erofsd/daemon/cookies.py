@@ -7,6 +7,8 @@ mount(2) until the superblock is gone, because the kernel closes and opens objec
 object that nobody registered is refused when it is opened.
 
 The primary is not shared: fsid and domain name a superblock, and two mounts of one image are two of those.
+A bootstrap's object goes with its mount. A plain image's primary is data like any other: it stays as cache
+(`erofsd.daemon.culling`), under a name that the next mount of the same image takes again.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from itertools import count
 from pathlib import Path
 
 import msgspec
@@ -26,11 +30,12 @@ import structlog
 
 from erofsd.backends.localfs import LocalBackend
 from erofsd.backends.retry import RetryBackend
-from erofsd.blobs.layout import uniform_layout
-from erofsd.blobs.store import BlobStore, StoredBlob
+from erofsd.blobs.layout import BlobLayout, uniform_layout
+from erofsd.blobs.store import BlobStore, StoredBlob, identity_of
+from erofsd.daemon.culling import CacheFiles
 from erofsd.daemon.images import OpenedImage
 from erofsd.daemon.mount import Mount, in_thread
-from erofsd.daemon.mountinfo import mount_points
+from erofsd.daemon.mountinfo import mount_points, superblocks
 from erofsd.daemon.state import ImageFiles
 from erofsd.errors import NotPossibleHere
 from erofsd.fill.provider import FillProvider
@@ -44,6 +49,11 @@ from ondemand.ranges import RangeSet
 DOMAIN = "erofsd"
 VOLUME = b"erofs," + DOMAIN.encode()
 LATE_MOUNT_S = 5.0
+
+_BOOT = "e-"  # begins the fsid of a mount whose primary is a bootstrap
+_PRIMARY = "p-"  # and of one whose primary is data
+_FIRST = ".0"  # ends the name of a blob's first variant
+_DIGEST = re.compile(r"[0-9a-f]{64}")  # with one of the above it is nothing else's name
 
 log = structlog.get_logger("erofsd.cookies")
 
@@ -72,8 +82,13 @@ class UnopenedSink:
 
 
 def cookie_of(name: str) -> str:
-    """Cookie key of the stored blob *name*: the blob id, where that stands for one file only."""
-    return name.removesuffix(".0")
+    """Cookie key of the stored blob *name*: the blob id, where that is a digest and has but one file."""
+    return name[: -len(_FIRST)] if _DIGEST.fullmatch(name.removesuffix(_FIRST)) else name
+
+
+def name_of(cookie: str) -> str:
+    """The stored blob whose cookie key is *cookie*."""
+    return cookie + _FIRST if _DIGEST.fullmatch(cookie) else cookie
 
 
 def object_key(name: str) -> ObjectKey:
@@ -82,8 +97,8 @@ def object_key(name: str) -> ObjectKey:
 
 
 def new_fsid() -> str:
-    """A name for one mount."""
-    return f"e-{uuid.uuid4().hex[:20]}"
+    """A name for one mount of RAFS, and its bootstrap."""
+    return f"{_BOOT}{uuid.uuid4().hex[:20]}"
 
 
 def _tags(bootstrap: Path) -> list[str]:
@@ -101,13 +116,26 @@ class Cookies:
 
     Args:
         store: Keeps chunk maps only.
+        cache: Where the kernel has the data.
         scratch: A directory for trial mounts.
+        reserved: The fsids that mounts have, or will have when they come back.
     """
 
     engine = "cachefiles"
 
-    def __init__(self, *, store: BlobStore, files: ImageFiles, provider: FillProvider, scratch: Path) -> None:
+    def __init__(
+        self,
+        *,
+        store: BlobStore,
+        cache: CacheFiles,
+        files: ImageFiles,
+        provider: FillProvider,
+        scratch: Path,
+        reserved: Callable[[], set[str]],
+    ) -> None:
         self.store = store
+        self.cache = cache
+        self._reserved = reserved
         self._files = files
         self._provider = provider
         self._scratch = scratch
@@ -123,9 +151,14 @@ class Cookies:
 
     def bind(self, mount: Mount, opened: OpenedImage, stored: tuple[str, ...]) -> None:
         """See Host."""
+        with self.cache.lock:
+            self._bind(mount, opened, stored)
+
+    def _bind(self, mount: Mount, opened: OpenedImage, stored: tuple[str, ...]) -> None:
         record, image = mount.record, opened.image
         if not record.fsid:
-            mount.record = record = msgspec.structs.replace(record, fsid=new_fsid())
+            fsid = new_fsid() if image.primary is None else self._free_fsid(image.primary)
+            mount.record = record = msgspec.structs.replace(record, fsid=fsid)
         devices = list(image.devices)
         if image.primary is not None:
             primary = self.store.bind(image.primary, name=record.fsid)
@@ -146,6 +179,13 @@ class Cookies:
             key = object_key(binding.blob.name)
             if not self._provider.attached(key):  # another mount may have it open: it keeps its sink
                 self._provider.attach(key, binding.blob, UnopenedSink())
+
+    def _free_fsid(self, primary: BlobLayout) -> str:
+        """A name for a mount of a plain image: the first of its own that no mount has."""
+        stem = f"{_PRIMARY}{identity_of(primary).hex()[:40]}"
+        taken = self._reserved() | {name.rpartition(",")[2] for name in superblocks()}
+        names = (f"{stem}-{number}" for number in count())
+        return next(fsid for fsid in names if fsid not in taken and self.store.opened(fsid) is None)
 
     async def prepare(self, mount: Mount) -> None:
         """See Host."""
@@ -197,9 +237,12 @@ class Cookies:
 
     async def mount(self, mount: Mount) -> None:
         """See Host."""
+        await asyncio.to_thread(self.cache.make_room)  # where there is none, the kernel makes no objects
         try:
             await fscache.mount(mount.record.dir, self.options(mount))
         except OSError as exc:
+            if exc.errno == errno.ENOBUFS and self.cache.is_short():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from exc
             # A mount that was under way when a worker was killed goes on, and gets its answers from us.
             if exc.errno not in (errno.EBUSY, errno.EEXIST) or not await self._came_late(mount):
                 raise
@@ -220,10 +263,13 @@ class Cookies:
         """See Host: the kernel asks for nothing that is there."""
 
     async def drop(self, blob: StoredBlob) -> None:
-        """See Host."""
+        """See Host. Its data stay where another mount may want them."""
         if not blob.bindings:
             self._provider.detach(object_key(blob.name))
+            os.utime(blob.fd)  # used until now
             blob.close()
+            if blob.name.startswith(_BOOT):
+                self.cache.leave(blob.name)
 
     def spoil(self, blob: StoredBlob) -> None:
         """See Host: once nobody holds the device, reads of what is missing fail by themselves."""
@@ -233,3 +279,25 @@ class Cookies:
 
     async def settle(self, names: Iterable[str]) -> None:
         """See Host."""
+
+    # -- what lies there --------------------------------------------------------------------------------
+
+    async def adopt(self) -> None:
+        """Take up what predecessors left behind: bootstraps of mounts that are gone, files of nobody.
+
+        Only where all mounts are known that there may be.
+        """
+        kept = self._reserved()
+        left = [name for name in self.store.names() if name.startswith(_BOOT) and name not in kept]
+        try:
+            await asyncio.to_thread(self.cache.adopt)
+        except OSError as exc:  # the file system is in trouble; what lies there harms nobody
+            log.error("cull.failed", errno=exc.errno, error=str(exc))
+        for name in left:
+            self.cache.leave(name)
+
+    def went(self, name: str) -> ObjectKey:
+        """The kernel's file of *name* was deleted: so are its chunks. Returns what the kernel called it."""
+        key = object_key(name)
+        self._provider.gone(key)
+        return key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 
@@ -64,6 +65,7 @@ def _process() -> Iterator[Metric]:
             "erofsd_resident_bytes", "Resident memory of the worker", process.memory_info().rss
         )
         yield GaugeMetricFamily("erofsd_threads", "Threads of the worker", process.num_threads())
+        yield GaugeMetricFamily("erofsd_tasks", "asyncio tasks of the worker", len(asyncio.all_tasks()))
         yield GaugeMetricFamily("erofsd_descriptors", "Open descriptors of the worker", process.num_fds())
 
 

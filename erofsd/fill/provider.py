@@ -25,7 +25,7 @@ from erofsd.fill.prefetch import Progress, fetch_all
 from erofsd.fill.statistics import FillStatistics, ImageStatistics, Wait
 from ondemand.errors import FillError, NobodyReads
 from ondemand.provider import ObjectKey, Sink
-from ondemand.ranges import Range
+from ondemand.ranges import Range, RangeSet
 
 LOOKS_MAX = 8  # a reader looks again that often; what is taken away from under it more often is an error
 FLUSH_INTERVAL_S = 10.0
@@ -137,6 +137,15 @@ class FillProvider:
     def attached(self, key: ObjectKey) -> bool:
         """True if *key* is served."""
         return key in self._objects
+
+    def gone(self, key: ObjectKey) -> None:
+        """The file of *key*, which was not open, is gone: its chunks are not there any more. Blocks."""
+        if (target := self._objects.get(key)) is not None:
+            try:
+                data = target.sink.data()
+            except OSError:  # of a closed object
+                data = RangeSet()
+            target.blob.reconcile(data)
 
     def detach(self, key: ObjectKey) -> None:
         """Serve *key* no more; what is under way for it is given up, its readers get EIO."""

@@ -18,7 +18,7 @@ import asyncio
 import errno
 import mmap
 import os
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, assert_never, cast
 
@@ -38,7 +38,7 @@ from ondemand.protocol.cachefiles import (
     SizeChanged,
     State,
 )
-from ondemand.provider import Provider
+from ondemand.provider import ObjectKey, Provider
 from ondemand.ranges import Range
 from ondemand.wire import cachefiles as wire
 
@@ -70,6 +70,11 @@ class CachefilesEngine:
         deadline_s: A reader gets right bytes or EIO that soon.
         open_deadline_s: A mount that the provider neither accepts nor refuses fails that soon; by default the
             same. It cannot be killed until then.
+
+    Attributes:
+        device: What it serves.
+        make_room: Called, from any thread, when a write finds the file system fuller than the cache's limits
+            allow; returns False if that was in vain.
     """
 
     name = "cachefiles"
@@ -78,7 +83,8 @@ class CachefilesEngine:
         self, device: int | Device, *, deadline_s: float, open_deadline_s: float | None = None
     ) -> None:
         self.statistics = EngineStatistics()
-        self._device = Device(device) if isinstance(device, int) else device
+        self.device = self._device = Device(device) if isinstance(device, int) else device
+        self.make_room: Callable[[], bool] = lambda: False
         self._protocol = CachefilesProtocol()
         self._deadlines = Deadlines(deadline_s)
         self._open_deadline_s = deadline_s if open_deadline_s is None else open_deadline_s
@@ -101,6 +107,10 @@ class CachefilesEngine:
         except OSError as exc:
             hint = RESTORE_HINT if exc.errno == errno.EOPNOTSUPP else ""
             raise EngineUnavailable(f"restore: {exc}", hint) from exc
+
+    def forget(self, key: ObjectKey) -> None:
+        """The file of *key* was deleted: its next opening may have another size."""
+        self._protocol.forget(key)
 
     # -- serving ----------------------------------------------------------------------------------------
 
@@ -225,7 +235,7 @@ class CachefilesEngine:
         return owed
 
     def _admit_open(self, message: wire.Open) -> Object:
-        sink = CacheFileSink(self._device, message.fd)
+        sink = CacheFileSink(self._device, message.fd, lambda: self.make_room())
         try:
             os.set_inheritable(message.fd, False)  # the kernel does not
             opening, ended = self._protocol.admit_open(message)

@@ -147,6 +147,11 @@ class CachefilesProtocol:
         """The size that *key* was ever opened with; None if it was not, or too long ago."""
         return self._sizes.get(key)
 
+    def forget(self, key: ObjectKey) -> None:
+        """The file of *key* is gone, and its size with it. Not while it is open."""
+        if key not in self._by_key:
+            self._sizes.pop(key, None)
+
     # -- requests come ----------------------------------------------------------------------------------
 
     def admit_open(self, message: Open) -> tuple[Object, Object | None]:
