@@ -42,8 +42,8 @@ def wait_for(condition: Callable[[], Any], what: str) -> None:
 
 @contextlib.contextmanager
 def workspace() -> Iterator[Path]:
-    """A directory on a file system that takes pre-content marks."""
-    path = Path(tempfile.mkdtemp(prefix="erofsd-bench-", dir="/var/tmp"))
+    """A directory on a file system that an engine takes: below EROFSD_TEST_DIR, by default /var/tmp."""
+    path = Path(tempfile.mkdtemp(prefix="erofsd-bench-", dir=os.environ.get("EROFSD_TEST_DIR", "/var/tmp")))
     try:
         yield path
     finally:
