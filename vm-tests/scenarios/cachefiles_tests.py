@@ -4,13 +4,13 @@ kernels: on-demand
 time limit: 600 s under emulation, 90 s else
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from suite_rig import run_tests
 
 TESTS = ("tests/ondemand/test_engine_suite.py", "tests/ondemand/test_cachefiles_kernel.py")
 
-pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cachefiles and kernel"]
-subprocess.run([*pytest, *TESTS], cwd=ROOT, check=True)
+sys.exit(run_tests(*TESTS, "-x", "-k", "cachefiles and kernel"))
