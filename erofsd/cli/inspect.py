@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from erofsd.cli.options import Subparsers, add_config, add_json, add_source, add_verb, run_async
 from erofsd.errors import UsageError
+from ondemand.ranges import Range
 
 if TYPE_CHECKING:
     from erofsd.blobs.layout import BlobLayout
@@ -26,6 +27,7 @@ _KINDS = {
     "fifo": stat.S_IFIFO,
     "sock": stat.S_IFSOCK,
 }
+_CHUNK_HEADER = f"{'SLOT':>4} {'CHUNK':>7} {'OFFSET':>12} {'SIZE':>9} {'STORED AT':>12} {'STORED':>9}  DIGEST"
 
 
 def add_parser(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
@@ -38,12 +40,14 @@ def add_parser(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 erofsd inspect registry.example/app:nydus
 erofsd inspect --files --json oci:/images/app:nydus | jq -r .path
 erofsd inspect --chunks file:/images/app.boot --blobs /images/blobs
+erofsd inspect --files --chunks registry.example/app:nydus | less
 """,
     )
     add_source(parser)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--files", action="store_true", help="list every file; with --json one object a line")
-    what.add_argument("--chunks", action="store_true", help="list every chunk of every blob; likewise")
+    parser.add_argument("--files", action="store_true", help="list every file; with --json one object a line")
+    parser.add_argument(
+        "--chunks", action="store_true", help="list every chunk of every blob, or with --files of every file"
+    )
     parser.add_argument(
         "--digests", action="store_true", help="with --files: add the sha256 of file contents"
     )
@@ -77,11 +81,17 @@ async def _inspect(args: argparse.Namespace) -> int:
 def _show_files(opened: Opened, args: argparse.Namespace) -> None:
     from erofsd.cli.output import print_json, printable
 
+    if args.chunks and not args.json:
+        print(f"{'IN THE FILE':>13} {_CHUNK_HEADER}")
     for fact, entry in facts(opened, digests=args.digests):
-        if args.json:
-            print_json(fact, lines=True)
-        else:
+        if not args.json:
             print(printable(_line(fact, entry)))
+            for chunk in _chunks_of(opened, entry) if args.chunks else ():
+                print(_chunk_line(chunk, f"{chunk['file_offset']:>13} "))
+        elif args.chunks and entry.type == "reg":
+            print_json({**fact, "chunks": list(_chunks_of(opened, entry))}, lines=True)
+        else:
+            print_json(fact, lines=True)
 
 
 def facts(opened: Opened, *, digests: bool) -> Iterator[tuple[dict[str, Any], Entry]]:
@@ -109,18 +119,41 @@ def _show_chunks(opened: Opened, args: argparse.Namespace) -> None:
     from erofsd.cli.output import print_json
 
     if not args.json:
-        print(f"{'SLOT':>4} {'CHUNK':>7} {'OFFSET':>12} {'SIZE':>9} {'STORED AT':>12} {'STORED':>9}  DIGEST")
+        print(_CHUNK_HEADER)
     for slot, layout in opened.slots:
         for chunk in range(layout.chunk_count):
             fact = _chunk(slot, layout, chunk)
             if args.json:
                 print_json(fact, lines=True)
-                continue
-            digest = fact["digest"] or ("-" if fact["stated"] else "not in this image")
-            print(
-                f"{slot:>4} {chunk:>7} {fact['offset']:>12} {fact['size']:>9}"
-                f" {fact['stored_offset']:>12} {fact['stored_size']:>9}  {digest}"
-            )
+            else:
+                print(_chunk_line(fact))
+
+
+def _chunks_of(opened: Opened, entry: Entry) -> Iterator[dict[str, Any]]:
+    """The chunks with the content of a file, in its order, each with where in the file it begins.
+
+    None are those of holes, of bytes beside the inode, and of what EROFS itself has compressed.
+    """
+    inode = opened.tree.reader.inode(entry.nid)
+    if entry.type != "reg" or inode.compressed:
+        return
+    layouts = dict(opened.slots)
+    at = 0
+    for extent in opened.tree.reader.extents(inode):
+        layout = layouts.get(extent.device)
+        if extent.offset is not None and layout is not None:
+            for chunk in layout.chunks_in(Range.of(extent.offset, extent.length)):
+                begin = max(layout.chunk_offset[chunk] - extent.offset, 0)
+                yield {"file_offset": at + begin, **_chunk(extent.device, layout, chunk)}
+        at += extent.length
+
+
+def _chunk_line(fact: dict[str, Any], prefix: str = "") -> str:
+    digest = fact["digest"] or ("-" if fact["stated"] else "not in this image")
+    return (
+        f"{prefix}{fact['slot']:>4} {fact['chunk']:>7} {fact['offset']:>12} {fact['size']:>9}"
+        f" {fact['stored_offset']:>12} {fact['stored_size']:>9}  {digest}"
+    )
 
 
 def _chunk(slot: int, layout: BlobLayout, chunk: int) -> dict[str, Any]:

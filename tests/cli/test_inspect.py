@@ -93,6 +93,46 @@ def test_loose_bootstrap_with_its_blob(testdata: Path, capsys: pytest.CaptureFix
         (20480, 13400, 4828, 2974),
     ]
     assert chunks[0]["digest"] == "f7e2735f1c6ae9cde91e537416b09d8bb71b306a421d19cc1012a51f93a7fe69"
+    assert main(["inspect", "--json", "--files", "--chunks", *ref]) == 0
+    of_files = {fact["path"]: fact.get("chunks") for fact in lines(capsys.readouterr().out)}
+    assert of_files == {
+        "/": None,
+        "/lib.rs": [{"file_offset": 0, **chunks[0]}],
+        "/sync_io.rs": [{"file_offset": 0, **chunks[1]}],
+    }
+    assert main(["inspect", "--files", "--chunks", *ref]) == 0
+    header, _, *listed = capsys.readouterr().out.splitlines()
+    assert header.split()[-1] == "DIGEST"
+    assert [line.split()[-1] for line in listed] == [
+        "/lib.rs",
+        chunks[0]["digest"],
+        "/sync_io.rs",
+        chunks[1]["digest"],
+    ]
+
+
+def test_chunks_of_a_file_with_holes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    with (tree / "holes").open("wb") as file:
+        for at in (0, 8 << 20):
+            file.seek(at)
+            file.write(os.urandom(100_000))
+    assert (
+        main(["build", "--chunk-size", "64K", str(tree), f"file:{tmp_path}/x", "--blobs", str(tmp_path)]) == 0
+    )
+    capsys.readouterr()
+    ref = [f"file:{tmp_path}/x", "--blobs", str(tmp_path)]
+    assert main(["inspect", "--json", "--files", "--chunks", *ref]) == 0
+    (file_fact,) = [fact for fact in lines(capsys.readouterr().out) if fact["path"] == "/holes"]
+    data = [
+        c for c in file_fact["chunks"] if c["file_offset"] in (0, 64 << 10, 8 << 20, (8 << 20) + (64 << 10))
+    ]
+    assert [c["size"] for c in data] == [65536, 65536, 65536, 100_000 - 65536]
+    assert len({c["digest"] for c in data}) == 4
+    zeros = {c["digest"] for c in file_fact["chunks"]} - {c["digest"] for c in data}
+    assert len(zeros) == 1  # RAFS has one chunk for all holes
+    assert [c["file_offset"] for c in file_fact["chunks"]] == list(range(0, (8 << 20) + 100_000, 64 << 10))
 
 
 def test_bootstrap_inside_of_a_blob(testdata: Path, capsys: pytest.CaptureFixture[str]) -> None:
