@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .errors import RunnerError
 
+_LOCK_TIMEOUT_S = 600
 _APT_ENV = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
 
 
@@ -43,12 +44,11 @@ def ensure(packages: Sequence[str]) -> None:
     if os.geteuid() != 0:
         raise RunnerError(f"packages missing, install them as root: {' '.join(missing)}")
     print(f"installing {' '.join(missing)}", file=sys.stderr, flush=True)
-    install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing]
-    for command in (
-        install,
-        ["apt-get", "update", "-q"],
-        install,
-    ):  # lists may be absent or out of date: once more
+    # Guests that are started side by side may all want the same packages.
+    wait = f"-oDPkg::Lock::Timeout={_LOCK_TIMEOUT_S}"
+    install = ["apt-get", "install", wait, "-y", "-q", "--no-install-recommends", *missing]
+    # Lists may be absent or out of date: once more.
+    for command in (install, ["apt-get", "update", wait, "-q"], install):
         reply = _apt(command)
         if reply.returncode == 0 and command is install:
             return

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,8 @@ def boot(built: Built, job: Job, machine: Machine, accelerator: str) -> Iterator
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(job.kernel_log.open("ab"))
         daemon_log = stack.enter_context((job.directory / "virtiofsd.log").open("ab"))
+        # Not beside the rest: a socket's path has 107 bytes at most, and that of the job is the user's.
+        short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="erofsd-vm-", dir="/run")))
         sockets = {}
         # The host's / changes rarely, and cached for ever it is three times faster.
         for tag, source, caching in (
@@ -85,7 +88,7 @@ def boot(built: Built, job: Job, machine: Machine, accelerator: str) -> Iterator
             ("io", job.io, "auto"),
             ("out", job.out, "auto"),
         ):
-            sockets[tag] = job.directory / f"{tag}.socket"
+            sockets[tag] = short / f"{tag}.socket"
             stack.enter_context(_virtiofsd(sockets[tag], source, caching, daemon_log))
         command = _command(built, job, sockets, machine, accelerator)
         yield stack.enter_context(guest_process(command, log))
