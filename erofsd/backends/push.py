@@ -474,12 +474,11 @@ def store(content: Content, path: Path, *, replace: bool = False) -> None:
             elif not _linked(content, temporary):
                 with content.open("rb") as source:
                     shutil.copyfileobj(source, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+        _sync(temporary)  # by name: it may be another file now
         os.replace(temporary, path)
         temporary = None
-        _sync_directory(path.parent)
+        _sync(path.parent)
     except OSError as exc:
         raise translate(exc, str(path)) from exc
     finally:
@@ -501,8 +500,8 @@ def _linked(source: Path, temporary: str) -> bool:
     return True
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: str | Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

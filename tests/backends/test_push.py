@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import random
 import re
 import threading
@@ -17,7 +19,7 @@ import msgspec
 import pytest
 
 from erofsd.backends.ocilayout import LayoutBackend
-from erofsd.backends.push import LayoutTarget, RegistryTarget, open_target
+from erofsd.backends.push import LayoutTarget, RegistryTarget, open_target, store
 from erofsd.backends.reference import RegistryReference
 from erofsd.backends.settings import RegistrySettings, SourceSettings
 from erofsd.errors import BackendTemporary, BlobCorrupt, BlobNotFound, ErofsdError, SourceError
@@ -348,3 +350,29 @@ async def test_size_that_differs_at_the_registry_is_refused(registry: RegistrySe
             await repository.fetch_document("nothing")
     finally:
         await repository.aclose()
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_is_stored_is_on_disk_before_it_has_its_name(
+    body: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    target = tmp_path / "new" / "blob"
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def watched(fd: int) -> None:
+        fsync(fd)
+        if not target.exists():
+            synced.add(os.fstat(fd).st_ino)
+
+    def no_link(*args: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "fsync", watched)
+    if not linked:
+        monkeypatch.setattr(os, "link", no_link)
+    store(body, target)
+    assert target.read_bytes() == BODY
+    assert (target.stat().st_ino == body.stat().st_ino) == linked
+    assert target.stat().st_ino in synced
+    assert [path.name for path in target.parent.iterdir()] == ["blob"]
