@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from erofsd.errors import CorruptImage
 from ondemand.ranges import Range
 
 DIGEST_SIZE = 32
@@ -110,6 +112,30 @@ class BlobLayout:
             first += 1
         last = bisect_right(self.chunk_offset, want.stop - 1)
         return range(first, max(first, last))
+
+
+def decoded_bytes(layout: BlobLayout, want: Range, unit: Callable[[int], memoryview]) -> bytes:
+    """The bytes of *want* as the kernel sees them; zeros between chunks.
+
+    Args:
+        unit: Gives the decoded, verified bytes of a unit.
+
+    Raises:
+        CorruptImage: *want* reaches past the blob's end, or touches a chunk that is not stated.
+    """
+    if want.stop > layout.size:
+        raise CorruptImage(f"blob {layout.blob_id}: {want} reaches past its end at {layout.size}")
+    found = bytearray(len(want))
+    for chunk in layout.chunks_in(want):
+        if not layout.stated[chunk]:
+            problem = f"a file uses chunk {chunk}, which the image does not state"
+            raise CorruptImage(f"blob {layout.blob_id}: {problem}")
+        decoded = unit(layout.chunk_unit[chunk])
+        here = layout.chunk_range(chunk)
+        start, stop = max(here.start, want.start), min(here.stop, want.stop)
+        at = layout.chunk_at[chunk] + start - here.start
+        found[start - want.start : stop - want.start] = decoded[at : at + stop - start]
+    return bytes(found)
 
 
 def uniform_layout(

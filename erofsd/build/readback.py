@@ -19,9 +19,9 @@ from erofsd.backends.located import Located
 from erofsd.backends.measured import MeasuredBackend, streaming
 from erofsd.backends.places import FirstOf
 from erofsd.backends.retry import RetryBackend
-from erofsd.blobs.layout import BlobLayout
+from erofsd.blobs.layout import BlobLayout, decoded_bytes
 from erofsd.blobs.units import decode_unit, verify_chunk
-from erofsd.errors import BlobCorrupt, CorruptImage, ImageRefused
+from erofsd.errors import BlobCorrupt, ImageRefused
 from erofsd.images.base import ByteSource, Image, Tree
 from erofsd.images.open import open_image, open_tree
 from erofsd.images.source import FileSource, check_range
@@ -118,20 +118,7 @@ class DecodedBlob:
             CorruptImage: *want* reaches past the blob's end, or touches a chunk that is not stated.
             BlobCorrupt, SourceError: The data cannot be had.
         """
-        layout = self._layout
-        if want.stop > layout.size:
-            raise CorruptImage(f"blob {layout.blob_id}: {want} reaches past its end at {layout.size}")
-        found = bytearray(len(want))
-        for chunk in layout.chunks_in(want):
-            if not layout.stated[chunk]:
-                problem = f"a file uses chunk {chunk}, which the image does not state"
-                raise CorruptImage(f"blob {layout.blob_id}: {problem}")
-            decoded = self._unit(layout.chunk_unit[chunk])
-            here = layout.chunk_range(chunk)
-            start, stop = max(here.start, want.start), min(here.stop, want.stop)
-            at = layout.chunk_at[chunk] + start - here.start
-            found[start - want.start : stop - want.start] = decoded[at : at + stop - start]
-        return bytes(found)
+        return decoded_bytes(self._layout, want, self._unit)
 
     def _unit(self, unit: int) -> memoryview:
         decoded = self._cache.get(self._layout.blob_id, unit)

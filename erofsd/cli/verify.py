@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from erofsd.backends.base import Backend
 from erofsd.backends.measured import streaming
-from erofsd.blobs.layout import BlobLayout
+from erofsd.blobs.layout import BlobLayout, decoded_bytes
 from erofsd.blobs.units import decode_unit, verify_chunk
-from erofsd.errors import BlobCorrupt, CorruptImage, ImageRefused
+from erofsd.errors import BlobCorrupt, ImageRefused
 from ondemand.ranges import Range
 
 RUN_SIZE = 4 << 20
@@ -175,21 +175,7 @@ class DecodedBlob:
             CorruptImage: *want* reaches past the blob's end, or touches a chunk that is not stated.
             BlobCorrupt, SourceError: The data cannot be had.
         """
-        layout = self._layout
-        if want.stop > layout.size:
-            raise CorruptImage(f"blob {layout.blob_id}: {want} reaches past its end at {layout.size}")
-        found = bytearray(len(want))
-        for chunk in layout.chunks_in(want):
-            if not layout.stated[chunk]:
-                raise CorruptImage(
-                    f"blob {layout.blob_id}: a file uses chunk {chunk}, which the image does not state"
-                )
-            decoded = self._unit(layout.chunk_unit[chunk])
-            here = layout.chunk_range(chunk)
-            start, stop = max(here.start, want.start), min(here.stop, want.stop)
-            at = layout.chunk_at[chunk] + start - here.start
-            found[start - want.start : stop - want.start] = decoded[at : at + stop - start]
-        return bytes(found)
+        return decoded_bytes(self._layout, want, self._unit)
 
     def _unit(self, unit: int) -> memoryview:
         if (decoded := self._units.get(unit)) is not None:
