@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,16 @@ from erofsd.blobs.store import StoredBlob
 from tests.registry import Origin, RegistryServer, lying_origin
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_ones_cache() -> Iterator[None]:
+    """What failed conversions leave for their rerun does not go to the cache of whoever runs the tests."""
+    base = os.environ.get("EROFSD_TEST_DIR", "/var/tmp")  # some is large, and /tmp may be memory
+    cache = tempfile.TemporaryDirectory(prefix="erofsd-test-cache-", dir=base)
+    with cache as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", directory)
+        yield
 
 
 @pytest.fixture(autouse=True)

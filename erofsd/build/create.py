@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from erofsd.backends.localfs import translate
@@ -63,16 +63,25 @@ async def create(
 
 
 def _pack(job: Job, path: Path) -> LayerRecord:
-    try:
+    with _named(path):
         mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            with job.report.phase("build", None) as tell:
-                return _pack_source(job, path, DirectorySource(path, job.wanted.prefetch), tell)
-        if not stat.S_ISREG(mode):
-            raise UsageError(f"{path}: neither a directory nor a file")
-        with path.open("rb") as file, job.report.phase("build", path.stat().st_size) as tell:
-            source = TarSource(Told(file, tell), str(path))
-            return _pack_source(job, path, source, lambda size: None)
+    if stat.S_ISDIR(mode):
+        with job.report.phase("build", None) as tell:
+            return _pack_source(job, path, DirectorySource(path, job.wanted.prefetch), tell)
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path}: neither a directory nor a file")
+    with _named(path):
+        file = path.open("rb")
+    with file, job.report.phase("build", path.stat().st_size) as tell:
+        source = TarSource(Told(file, tell), str(path))
+        return _pack_source(job, path, source, lambda size: None)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    # Only while the source is opened: what is said later may be about where the result goes.
+    try:
+        yield
     except OSError as exc:
         raise translate(exc, str(path)) from exc
 

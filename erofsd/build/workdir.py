@@ -6,11 +6,14 @@
     uploads/             where broken uploads go on: what is made again is the same
     lock                 held by whoever uses the directory
 
-A record is written when its blob is complete on disk, so a killed conversion loses one layer at most.
+A record is written when its blob is complete on disk, so a killed conversion loses one layer at most. What it
+leaves in the user's cache is for its rerun; who comes later clears away what nobody needs: scratch files at
+once, and the rest after a week.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -27,8 +30,11 @@ import structlog
 
 from erofsd.backends.localfs import translate
 from erofsd.build.record import LayerRecord, read_blob_id, read_record, write_record
+from erofsd.errors import ErofsdError
 
 _LOCK_POLL_S = 0.2
+_KEPT_S = 7 * 24 * 3600.0
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, msgspec.MsgspecError)
 log = structlog.get_logger()
 
@@ -43,6 +49,8 @@ class WorkDir:
 
     Raises:
         SourceError: It cannot be made.
+        ErofsdError: At the end of the block, for what the system said about writing here: others translate
+            what it says about their files.
     """
 
     def __init__(self, path: Path | None, purpose: str) -> None:
@@ -57,8 +65,10 @@ class WorkDir:
             self._lock = self._locked()
             for name in ("blobs", "layers", "fetched", "uploads"):
                 (self.path / name).mkdir(exist_ok=True)
-            self._clear_scratch()
+            _clear_scratch(self.path)
             self._scratch = tempfile.mkdtemp(prefix="scratch-", dir=self.path)
+            if self._temporary:
+                self._sweep()
         except OSError as exc:
             raise translate(exc, str(self.path)) from exc
         return self
@@ -66,16 +76,34 @@ class WorkDir:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._clear_scratch()
+        _clear_scratch(self.path)
         # What is left of a failed run is only worth keeping if there are layers in it, or broken uploads.
-        if self._temporary and (kind is None or not any(self._leftovers())):
+        if self._temporary and (kind is None or not any(_leftovers(self.path))):
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
+        if isinstance(exc, OSError) and exc.errno in _OF_THE_DISK:
+            raise ErofsdError(
+                f"{self.path}: {exc.strerror}",
+                hint="layers wait there: make room, or name another place with XDG_CACHE_HOME, or --work-dir",
+            ) from exc
 
-    def _leftovers(self) -> Iterator[Path]:
-        for name in ("layers", "fetched", "uploads"):
-            yield from (self.path / name).iterdir()
+    def _sweep(self) -> None:
+        """Clear away what runs have left that were killed, and were never run again."""
+        for other in self.path.parent.glob("build-*"):
+            try:
+                lock = (other / "lock").open("rb+")
+            except OSError:
+                continue  # it is being made, or removed
+            with lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    age_s = time.time() - other.stat().st_mtime
+                    _clear_scratch(other)
+                    if age_s > _KEPT_S or not any(_leftovers(other)):
+                        shutil.rmtree(other, ignore_errors=True)
+                except OSError:  # in use; ours, for one
+                    continue
 
     def _locked(self) -> BinaryIO:
         """Wait until nobody else works here; a temporary directory is not waited for."""
@@ -171,9 +199,15 @@ class WorkDir:
     def _record(self, key: str) -> Path:
         return self.path / "layers" / _hashed(key)
 
-    def _clear_scratch(self) -> None:
-        for path in self.path.glob("scratch-*"):
-            shutil.rmtree(path, ignore_errors=True)
+
+def _clear_scratch(directory: Path) -> None:
+    for path in directory.glob("scratch-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _leftovers(directory: Path) -> Iterator[Path]:
+    for name in ("layers", "fetched", "uploads"):
+        yield from (directory / name).iterdir()
 
 
 def _sync(path: Path) -> None:

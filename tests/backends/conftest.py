@@ -31,6 +31,8 @@ MISSING_ID = "0" * 64
 
 # Short, so that a hang is noticed while the test waits for it.
 SETTINGS = SourceSettings(inactivity_s=0.3, connect_timeout_s=2.0, attempts=4)
+# For sources that do not hang, on a machine that may be busy.
+PATIENT = SourceSettings(attempts=4)
 
 Make = Callable[[], MeasuredBackend]
 
@@ -54,9 +56,9 @@ def web(tmp_path_factory: pytest.TempPathFactory, layout: Path) -> Iterator[str]
         yield url
 
 
-def client() -> HttpClient:
+def client(settings: SourceSettings = SETTINGS) -> HttpClient:
     """One with the settings of these tests."""
-    return HttpClient(HttpLimits.of(SETTINGS))
+    return HttpClient(HttpLimits.of(settings))
 
 
 def registry_backend(host: str, repository: str, settings: SourceSettings = SETTINGS) -> RegistryBackend:
@@ -89,11 +91,11 @@ def make(request: pytest.FixtureRequest, layout: Path) -> Make:
             return lambda: LayoutBackend(layout)
         case "nginx":
             url: str = request.getfixturevalue("web")
-            return lambda: HttpBackend(client(), prefix=url)
+            return lambda: HttpBackend(client(PATIENT), prefix=url)
         case "origin":
             origin: Origin = request.getfixturevalue("origin")
             origin.objects = {f"/b/{BLOB_ID}": BODY, f"/b/{EMPTY_ID}": b""}
-            return lambda: HttpBackend(client(), prefix=f"{origin.url}/b/")
+            return lambda: HttpBackend(client(PATIENT), prefix=f"{origin.url}/b/")
         case "retry":
             return lambda: RetryBackend(LocalBackend([layout]), 3)
         case "faulty":
@@ -106,5 +108,5 @@ def make(request: pytest.FixtureRequest, layout: Path) -> Make:
     for body in (BODY, b""):
         server.push_blob("conformance", body)
     if kind == "registry":
-        return lambda: registry_backend(server.host, "conformance")
-    return lambda: RetryBackend(registry_backend(server.host, "conformance"), 3)
+        return lambda: registry_backend(server.host, "conformance", PATIENT)
+    return lambda: RetryBackend(registry_backend(server.host, "conformance", PATIENT), 3)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import json
+import os
 import random
+import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from erofsd.build.workdir import WorkDir
 from tests.build import tars
 from tests.build.ordinary import Layout, convert, erofsd, tree_tar
 from tests.registry import Exchange, Origin, wait_until
@@ -102,6 +107,56 @@ def test_work_directory_of_its_own_is_gone_when_all_is_done(
     del origin.always["/top"]
     assert convert(layout.ref("source"), f"oci:{tmp_path}/out:x")["layers_reused"] == 1
     assert not list((tmp_path / "cache" / "erofsd").iterdir())
+
+
+def test_what_killed_runs_have_left_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("new", "old", "busy", "empty"):
+        directory = tmp_path / "erofsd" / f"build-{name}"
+        for part in ("blobs", "layers", "fetched", "uploads", "scratch-x"):
+            (directory / part).mkdir(parents=True)
+        (directory / "scratch-x" / "much").write_bytes(bytes(1000))
+        (directory / "lock").touch()
+        if name != "empty":
+            (directory / "layers" / "one").touch()
+    long_ago = time.time() - 8 * 24 * 3600
+    for name in ("old", "busy"):
+        os.utime(tmp_path / "erofsd" / f"build-{name}", (long_ago, long_ago))
+    with (tmp_path / "erofsd" / "build-busy" / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with WorkDir(None, "something else") as work:
+            left = {path.name: path for path in (tmp_path / "erofsd").iterdir() if path != work.path}
+            assert set(left) == {"build-new", "build-busy"}
+            assert not (left["build-new"] / "scratch-x").exists()
+            assert (left["build-new"] / "layers" / "one").exists()
+            assert (left["build-busy"] / "scratch-x" / "much").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "convert --format erofs", "build", "convert --to oci"])
+def test_full_disk_is_one_clear_error(layout: Layout, tmp_path: Path, command: str) -> None:
+    source = layout.ref("plain")
+    if command == "build":
+        source = str(tmp_path / "tree")
+        (tmp_path / "tree").mkdir()
+        (tmp_path / "tree" / "file").write_bytes(random.Random(1).randbytes(900_000))
+    elif command.endswith("oci"):
+        convert(source, f"oci:{tmp_path}/lazy:x")
+        source = f"oci:{tmp_path}/lazy:x"
+    cache = tmp_path / "cache"
+    done = subprocess.run(
+        [sys.executable, "-m", "erofsd", *command.split(), source, f"oci:{tmp_path}/out:x"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    error, hint = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert f"erofsd: {cache}/erofsd/build-" in error
+    assert error.endswith("File too large")
+    assert "--work-dir" in hint
+    assert not (tmp_path / "out").exists()
+    assert not list(cache.glob("erofsd/*/scratch-*"))
 
 
 def test_damaged_record_is_made_anew(layout: Layout, tmp_path: Path) -> None:
