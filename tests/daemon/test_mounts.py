@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests import rafs
-from tests.daemon.conftest import Daemon, wait_for
+from tests.daemon.conftest import SLOWNESS, Daemon, wait_for
 from tests.daemon.trees import assert_same, facts_of, load_facts
 from tests.registry import Origin, RegistryServer, need
 
@@ -239,7 +239,7 @@ def test_readers_survive_a_worker_that_is_killed_every_half_second(
 
     def kill() -> None:
         nonlocal kills
-        while not over.wait(0.5):
+        while not over.wait(0.5 * SLOWNESS):  # a worker has to get to work before it is killed
             daemon.kill_worker()
             kills += 1
 

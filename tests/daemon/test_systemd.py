@@ -22,7 +22,7 @@ from erofsd.daemon import systemd
 from erofsd.daemon.systemd import ManagerSilent, ServiceManager, short_name, take_stored
 from tests import rafs
 from tests.conftest import ROOT
-from tests.daemon.conftest import BASE, READY_S, Daemon, wait_for
+from tests.daemon.conftest import BASE, Daemon, wait_for
 from tests.daemon.manager import Manager
 from tests.daemon.test_mounts import assert_content, drop_caches, run_readers, tree
 from tests.registry import Exchange, Origin
@@ -48,9 +48,7 @@ class Service(Daemon):
         before = len(self.manager.told("READY"))
         assert self.process is not None
         process = self.process
-        wait_for(
-            lambda: len(self.manager.told("READY")) > before or process.poll() is not None, "READY=1", READY_S
-        )
+        wait_for(lambda: len(self.manager.told("READY")) > before or process.poll() is not None, "READY=1")
         assert process.poll() is None, self.log()
         return self
 
