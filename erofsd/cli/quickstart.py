@@ -19,7 +19,8 @@ NEXT_STEPS = """\
 Go on:
   erofsd doctor                                    what this machine can do
   erofsd serve                                     the daemon, in the foreground
-  erofsd mount REGISTRY/IMAGE:TAG /mnt/image       an image that nydusify or mkfs.erofs made
+  erofsd convert IMAGE:TAG REGISTRY/IMAGE:lazy     an ordinary image becomes a lazily mountable one
+  erofsd mount REGISTRY/IMAGE:lazy /mnt/image      that, or one that nydusify or mkfs.erofs made
   erofsd ls                                        how much of it is here
   erofsd --man                                     the manual
 """
@@ -97,7 +98,11 @@ def _print(result: Result) -> None:
 
     share = 100 * result.fetched_bytes / result.image_bytes
     rows = [
-        ("image size", human(result.image_bytes), f"{result.files} files"),
+        (
+            "image size",
+            human(result.image_bytes),
+            f"{result.files} files, {human(result.content_bytes)} of content",
+        ),
         (
             "fetched by then",
             human(result.fetched_bytes),

@@ -41,6 +41,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of one run.
 
     Attributes:
+        image_bytes, content_bytes: Of the image as it is stored, and of the files in it.
         fetched_bytes: Sent by the registry until the program had ended.
         requests: Answered by the registry until then.
         files_read: Distinct files whose bytes were read through the mount.
@@ -53,6 +54,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: str
     image_bytes: int
+    content_bytes: int
     fetched_bytes: int
     requests: int
     files: int
@@ -96,7 +98,9 @@ async def run_demo(base: Path, say: Callable[[str], None]) -> Result:
     place = Place(Path(tempfile.mkdtemp(prefix="erofsd-quickstart-", dir=base)))
     try:
         place.mount.mkdir()
-        say("make a sample image: this machine's Python library, with mkfs.erofs")
+        say(
+            f"erofsd build {place.root}/tree oci:{place.root}/layout:{TAG}    (this machine's Python library)"
+        )
         sample = await asyncio.to_thread(make_sample, place.root)
         async with serve_layout(sample.layout) as registry:
             say(f"serve it from a registry of our own at {registry.address}, and start a private daemon")
@@ -134,6 +138,7 @@ async def _story(
     return Result(
         engine=seen.engine,
         image_bytes=sample.image_size,
+        content_bytes=sample.content_size,
         fetched_bytes=fetched,
         requests=requests,
         files=sample.files,

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 from erofsd.errors import ErofsdError
-from erofsd.quickstart.registry import REF_NAME
 
-LAYER_TYPE = "application/vnd.erofs.layer.v1"
-MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
-CONFIG_TYPE = "application/vnd.oci.empty.v1+json"
 TAG = "sample"
 
 #: Not part of the library itself, or of no use to a program that only imports.
@@ -30,30 +25,30 @@ class Sample:
     Attributes:
         tree: What the image was made from.
         layout: The OCI layout directory; the image's tag is `TAG`.
-        image_size: Size of the EROFS image in bytes.
+        image_size: Size of the image in the registry, bytes.
+        content_size: Size of all files in it, bytes.
         files: Regular files in it.
     """
 
     tree: Path
     layout: Path
     image_size: int
+    content_size: int
     files: int
 
 
 def make_sample(directory: Path) -> Sample:
-    """Make the sample image below *directory*.
+    """Make the sample image below *directory*. Blocks.
 
     Raises:
-        ErofsdError: mkfs.erofs is missing or fails.
+        ErofsdError: It cannot be made.
     """
-    tree = directory / "tree"
+    tree, layout = directory / "tree", directory / "layout"
     files = copy_library(Path(sysconfig.get_path("stdlib")), tree / "python")
-    image = directory / "sample.erofs"
-    run_mkfs(image, tree)
-    layout = directory / "layout"
-    size = image.stat().st_size
-    make_layout(layout, image)
-    return Sample(tree, layout, size, files)
+    build(tree, f"oci:{layout}:{TAG}", directory)
+    stored = sum(path.stat().st_size for path in (layout / "blobs" / "sha256").iterdir())
+    content = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file())
+    return Sample(tree, layout, stored, content, files)
 
 
 def copy_library(source: Path, target: Path) -> int:
@@ -66,50 +61,17 @@ def copy_library(source: Path, target: Path) -> int:
     return sum(len(names) for _, _, names in os.walk(target))
 
 
-def run_mkfs(image: Path, tree: Path) -> None:
-    """Make an uncompressed EROFS image of *tree*.
+def build(tree: Path, dest: str, work: Path) -> None:
+    """Run ``erofsd build``, as anybody would.
+
+    Args:
+        work: Where it may keep what it is working on.
 
     Raises:
-        ErofsdError: mkfs.erofs is missing or fails.
+        ErofsdError: It fails.
     """
-    program = shutil.which("mkfs.erofs")
-    if program is None:
-        raise ErofsdError("mkfs.erofs is not installed", hint="apt-get install erofs-utils")
-    # Tails stay out of the inodes: what has to be there before the mount is then inodes and names only. The
-    # times of files stay: Python compares a source's with what its bytecode says.
-    options = ["--quiet", "--preserve-mtime", "--all-root", "-Enoinline_data"]
-    command = [program, *options, str(image), str(tree)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "erofsd", "build", "--config", os.devnull, str(tree), dest]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(work)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ErofsdError(f"mkfs.erofs failed with {done.returncode}: {done.stderr.strip()[-300:]}")
-
-
-def make_layout(layout: Path, image: Path) -> None:
-    """Move the EROFS image *image* into a new OCI layout, as the one layer of an artifact tagged `TAG`."""
-    blobs = layout / "blobs" / "sha256"
-    blobs.mkdir(parents=True)
-    with image.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    size = image.stat().st_size
-    image.rename(blobs / digest)
-    config = _put(blobs, b"{}")
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": MANIFEST_TYPE,
-        "artifactType": LAYER_TYPE,
-        "config": {"mediaType": CONFIG_TYPE, **config},
-        "layers": [{"mediaType": LAYER_TYPE, "digest": f"sha256:{digest}", "size": size}],
-    }
-    described = {
-        "mediaType": MANIFEST_TYPE,
-        **_put(blobs, json.dumps(manifest).encode()),
-        "annotations": {REF_NAME: TAG},
-    }
-    (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [described]}))
-    (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-
-
-def _put(blobs: Path, content: bytes) -> dict[str, str | int]:
-    digest = hashlib.sha256(content).hexdigest()
-    (blobs / digest).write_bytes(content)
-    return {"digest": f"sha256:{digest}", "size": len(content)}
+        raise ErofsdError(f"erofsd build ended with {done.returncode}: {done.stderr.strip()[-300:]}")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from erofsd.cli import main
+from tests.images.plainlayout import TAG, make_layout, run_mkfs
 
 needs_mkfs = pytest.mark.skipif(not shutil.which("mkfs.erofs"), reason="mkfs.erofs is not installed")
 
@@ -260,8 +261,6 @@ def test_images_of_mkfs_erofs(options: list[str], tmp_path: Path, capsys: pytest
 def test_plain_image_is_compared_with_the_digest_of_its_layer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from erofsd.quickstart.sample import TAG, make_layout, run_mkfs
-
     run_mkfs(tmp_path / "image", make_tree(tmp_path / "tree"))
     make_layout(tmp_path / "layout", tmp_path / "image")
     ref = f"oci:{tmp_path}/layout:{TAG}"

@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from erofsd.quickstart.registry import LayoutRegistry, serve_layout
-from erofsd.quickstart.sample import LAYER_TYPE, TAG, make_layout
+from tests.images.plainlayout import LAYER_TYPE, TAG, make_layout
 
 CONTENT = bytes(range(256)) * 1024
 
