@@ -64,15 +64,15 @@ async def create(
 
 def _pack(job: Job, path: Path) -> LayerRecord:
     with _named(path):
-        mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
+        status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
         with job.report.phase("build", None) as tell:
             return _pack_source(job, path, DirectorySource(path, job.wanted.prefetch), tell)
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"{path}: neither a directory nor a file")
     with _named(path):
         file = path.open("rb")
-    with file, job.report.phase("build", path.stat().st_size) as tell:
+    with file, job.report.phase("build", status.st_size) as tell:
         source = TarSource(Told(file, tell), str(path))
         return _pack_source(job, path, source, lambda size: None)
 
